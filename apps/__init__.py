@@ -1,0 +1,1 @@
+"""The command line, the report writer and the explorer: no mathematics, only calls."""

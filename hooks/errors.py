@@ -1,0 +1,116 @@
+"""Errors. One root; each class is also a standard one, so callers may catch narrowly or broadly."""
+
+
+class InterpError(Exception):
+    """Root of every error that interp raises on purpose.
+
+    The text has three parts: what was given, what was needed, what to do.
+    """
+
+    def __init__(self, given: str, needed: str = "", do: str = ""):
+        self.given, self.needed, self.do = given, needed, do
+        super().__init__("; ".join(part for part in (given, needed and f"needed: {needed}", do) if part))
+
+
+class SiteError(InterpError, ValueError):
+    """A site that does not parse, does not exist in this model, or is asked for out of range."""
+
+
+class SiteUnavailableError(SiteError):
+    """A site that has a meaning elsewhere but not in this model's layout."""
+
+
+class InputError(InterpError, ValueError):
+    """Inputs of a kind, shape or range that this model cannot take."""
+
+
+class PositionError(InputError):
+    """A position outside an example, or a substring that does not name one."""
+
+
+class ArgumentError(InterpError, ValueError):
+    """An argument of a public call whose value is not among the legal ones."""
+
+
+class ModelStateError(InterpError, RuntimeError):
+    """A model that cannot be read faithfully in the state it is in."""
+
+
+class TrainModeError(ModelStateError):
+    """Dropout or batch statistics are live."""
+
+
+class CompiledModelError(ModelStateError):
+    """Hooks on a compiled, scripted or sharded module would not be seen, or only in part."""
+
+
+class MetaWeightsError(ModelStateError):
+    """Weights without data, and nothing that would load them."""
+
+
+class NonFiniteError(ModelStateError, ArithmeticError):
+    """NaN or infinity in weights or activations."""
+
+
+class UnknownFamilyError(InterpError, TypeError):
+    """No adapter recognises the architecture."""
+
+
+class LayoutError(InterpError, RuntimeError):
+    """A recognised layout whose sites do not mean what they should."""
+
+
+class InterventionError(InterpError, ValueError):
+    """An intervention that cannot be carried out as described."""
+
+
+class InterventionNotAppliedError(InterventionError):
+    """An intervention whose site never ran."""
+
+
+class LinearizationError(InterpError, RuntimeError):
+    """Root of what can go wrong while a network is frozen into an affine map."""
+
+
+class UnsupportedOpError(LinearizationError, NotImplementedError):
+    """A call on a live value that no rule explains."""
+
+
+class BilinearOpError(LinearizationError):
+    """A product of two live factors without a rule for which one is held."""
+
+
+class ControlFlowError(LinearizationError):
+    """Python control flow that reads a live value."""
+
+
+class ControlFlowDivergedError(LinearizationError):
+    """A replay that met other calls than the reference run."""
+
+
+class CompletenessError(LinearizationError, ArithmeticError):
+    """Parts that do not sum to the whole."""
+
+
+class SizeError(InterpError, MemoryError):
+    """Something that would not fit the budget."""
+
+
+class TokenError(InputError):
+    """A string that does not name exactly one token."""
+
+
+class MissingExtraError(InterpError, ImportError):
+    """An optional dependency that a call needs."""
+
+
+class NotCachedError(InterpError, FileNotFoundError):
+    """A packaged model that is neither cached nor can be fetched."""
+
+
+class ChecksumError(InterpError, OSError):
+    """A file whose SHA-256 is not the recorded one."""
+
+
+class RunError(InterpError, OSError):
+    """A run folder that cannot be written, read or trusted."""

@@ -1,0 +1,98 @@
+"""Refusals that need no forward call: states in which a model cannot be read faithfully."""
+
+import torch
+from torch import nn
+
+from interp.hooks.errors import CompiledModelError, MetaWeightsError, NonFiniteError, TrainModeError
+
+_QUOTE = 3
+
+
+def refuse_compiled(module: nn.Module) -> None:
+    """Refuse modules whose inner calls hooks would not see.
+
+    Raises:
+        CompiledModelError: If the module or a part of it is scripted, compiled in place or sharded.
+    """
+    for name, sub in module.named_modules():
+        kind = type(sub).__name__
+        if isinstance(sub, torch.jit.ScriptModule):
+            raise CompiledModelError(
+                f"{name or 'the model'} is a {kind}",
+                "a plain module",
+                "attach the module it was scripted from",
+            )
+        if getattr(sub, "_compiled_call_impl", None) is not None:
+            raise CompiledModelError(
+                f"{name or 'the model'} was compiled in place",
+                "an uncompiled module",
+                "attach before calling .compile()",
+            )
+        if kind in (
+            "OptimizedModule",
+            "FullyShardedDataParallel",
+            "FSDPModule",
+            "DistributedDataParallel",
+            "DataParallel",
+        ):
+            raise CompiledModelError(f"{name} is a {kind}", "a plain module inside", "attach the module it wraps")
+
+
+def refuse_meta(module: nn.Module) -> None:
+    """Refuse weights without data, unless accelerate's hooks will bring them.
+
+    Raises:
+        MetaWeightsError: Naming the first such parameter.
+    """
+    for name, sub in module.named_modules():
+        for key, parameter in sub.named_parameters(recurse=False):
+            if parameter.is_meta and not hasattr(sub, "_hf_hook"):
+                raise MetaWeightsError(
+                    f"{name}.{key} is on the meta device",
+                    "weights with data, or accelerate's offloading hooks",
+                    "load the checkpoint",
+                )
+
+
+def refuse_nonfinite(module: nn.Module) -> None:
+    """Refuse NaN and infinity in weights.
+
+    Raises:
+        NonFiniteError: Naming the first such parameter.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta or not parameter.is_floating_point() or parameter.numel() == 0:
+            continue
+        low, high = torch.aminmax(parameter.detach())
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            bad = int((~torch.isfinite(parameter.detach())).sum())
+            raise NonFiniteError(
+                f"{name} holds {bad} values that are NaN or infinite",
+                "finite weights",
+                "check the checkpoint and its dtype",
+            )
+
+
+def refuse_training(module: nn.Module) -> None:
+    """Refuse live dropout and batch statistics.
+
+    Raises:
+        TrainModeError: Naming the first modules in which training mode changes the result.
+    """
+    live = [name for name, sub in module.named_modules() if sub.training and _differs_in_training(sub)]
+    if live:
+        more = f" and {len(live) - _QUOTE} more" if len(live) > _QUOTE else ""
+        raise TrainModeError(
+            f"training mode is live in {', '.join(live[:_QUOTE])}{more}",
+            "evaluation mode",
+            "call model.eval()",
+        )
+
+
+def _differs_in_training(module: nn.Module) -> bool:
+    if isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU)):
+        return getattr(module, "p", 1.0) > 0
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return isinstance(module, nn.modules.batchnorm._BatchNorm) or module.track_running_stats
+    rates = (getattr(module, name, 0) for name in ("attention_dropout", "dropout", "drop_prob", "attn_dropout"))
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)

@@ -1,0 +1,153 @@
+"""Plans: interventions resolved against one model and one batch, before any work."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from interp.hooks.activations import Activations
+from interp.hooks.bindings import Binding
+from interp.hooks.errors import InterventionError
+from interp.hooks.inputs import Batch
+from interp.hooks.interventions import Intervention, Mean, Patch
+from interp.hooks.session import Edit, Read, Selection
+from interp.hooks.site import Site
+
+if TYPE_CHECKING:
+    from interp.hooks.model import Model
+
+
+class Probe(Intervention):
+    """Adds a zero that requires a gradient: the gradient of anything later with respect to a site."""
+
+    kind = "probe"
+
+    def __init__(self, site: Site):
+        super().__init__(site)
+        object.__setattr__(self, "leaf", None)
+
+    def apply(self, value, context):
+        """value + 0."""
+        leaf = torch.zeros_like(value, requires_grad=True)
+        object.__setattr__(self, "leaf", leaf)
+        return value + leaf
+
+    def edit(self, read: Read) -> Edit:
+        """The edit that probes a read."""
+        return Edit(self, read.site, read.binding, read.where)
+
+
+def resolve_plan(model: "Model", batch: Batch, plan: Sequence[Intervention]) -> list[Edit]:
+    """Return edits: sites found, heads and positions checked, sources of patches and means read.
+
+    Raises:
+        InterventionError: If a step is not an intervention, a patch needs a later site, or a source does not fit.
+        SiteError: If a site does not exist.
+        PositionError: If a position lies outside an example.
+    """
+    if isinstance(plan, Intervention):
+        plan = [plan]
+    edits = []
+    for step in plan:
+        if not isinstance(step, Intervention):
+            raise InterventionError(f"a plan step of type {type(step).__name__}", "an Intervention")
+        for site, binding in model.resolve(step.where.at()):
+            site = Site(site.address, site.io, site.selector, site.head)
+            where = model.where(batch, binding, step.at)
+            edits.append(_edit(model, batch, step, site, binding, where))
+    return edits
+
+
+def _edit(model: "Model", batch: Batch, step: Intervention, site: Site, binding: Binding, where: Tensor | None) -> Edit:
+    source, from_read = None, None
+    if isinstance(step, Patch):
+        from_site, from_binding = _patch_site(model, step, site)
+        wanted = step.from_positions if step.from_positions is not None else (step.at if where is not None else None)
+        if step.source is None:
+            _check_order(site, binding, from_site, from_binding)
+            from_read = Read(from_site, from_binding, model.where(batch, from_binding, wanted))
+        else:
+            source = _patch_source(model, batch, step, site, from_site, from_binding, wanted)
+    elif isinstance(step, Mean) and step.over is not None:
+        source = _mean(model, step, site)
+    return Edit(step, site, binding, where, source, _real(batch, binding, where), from_read)
+
+
+def _real(batch: Batch, binding: Binding, where: Tensor | None) -> Tensor | None:
+    if batch.mask is None or binding.pos_axis != 1:
+        return None
+    return batch.mask if where is None else batch.mask.gather(1, where.to(batch.mask.device))
+
+
+def _patch_site(model: "Model", step: Patch, site: Site) -> tuple[Site, Binding]:
+    if step.from_site is None:
+        return model.resolve(site)[0]
+    found = model.resolve(step.from_site)
+    if len(found) != 1:
+        raise InterventionError(f"from_site={step.from_site!r} selects {len(found)} sites", "one site")
+    one, binding = found[0]
+    return Site(one.address, one.io, one.selector, one.head if one.head is not None else site.head), binding
+
+
+def _check_order(site: Site, binding: Binding, from_site: Site, from_binding: Binding) -> None:
+    if from_binding.where.startswith("raw") or binding.where.startswith("raw"):
+        return  # Order of free modules is known only when they run; the session checks it there.
+    if from_binding.order >= binding.order:
+        raise InterventionError(
+            f"{site} patched from {from_site} of the same run",
+            "a source that lies before the site",
+            "give source=inputs to read it from another run",
+        )
+
+
+def _patch_source(
+    model, batch: Batch, step: Patch, site: Site, from_site: Site, from_binding: Binding, wanted
+) -> Tensor:
+    source = step.source
+    if isinstance(source, Tensor) and source.is_floating_point() and not _is_model_input(model, source):
+        return source
+    if not isinstance(source, Activations):
+        source = model.capture(source, from_site, positions=wanted)
+        wanted = None if wanted is None else "captured"
+    value = source[from_site]
+    value = _select_from(source, value, from_site, from_binding, wanted, model)
+    _check_lengths(batch, source, site, from_binding, wanted)
+    return value
+
+
+def _is_model_input(model, source: Tensor) -> bool:
+    return model.reader.kind == "image" and source.ndim == 4
+
+
+def _select_from(source: Activations, value: Tensor, site: Site, binding: Binding, wanted: Any, model) -> Tensor:
+    captured = source.where.get(str(site)) is not None or any(
+        w is not None for k, w in source.where.items() if Site.parse(k).whole == site.whole
+    )
+    where = None if wanted is None or captured else model.where(source.batch, binding, wanted)
+    taken = Site.parse(next(k for k in source if source[k] is value)).head
+    return Selection(binding, site.head if taken is None else None, where).get(value)
+
+
+def _check_lengths(batch: Batch, source: Activations, site: Site, binding: Binding, wanted: Any) -> None:
+    if source.batch.size not in (1, batch.size):
+        raise InterventionError(
+            f"a patch source of {source.batch.size} examples for a run of {batch.size}",
+            "one example, or as many",
+        )
+    if wanted is not None or binding.pos_axis is None or batch.mask is None or source.batch.mask is None:
+        return
+    theirs = source.batch.lengths * (batch.size if source.batch.size == 1 else 1)
+    if batch.lengths != theirs or batch.mask.shape[1] != source.batch.mask.shape[1]:
+        raise InterventionError(
+            f"patch at {site}: the source has {theirs} tokens, the run has {batch.lengths}", "equal lengths",
+            "name positions= (and from_positions=)",
+        )  # fmt: skip
+
+
+def _mean(model: "Model", step: Mean, site: Site) -> Tensor:
+    acts = model.capture(step.over, site)
+    value = acts[site]
+    if acts.mask is not None and acts.axes[str(site)][1:2] == ("pos",):
+        return acts.real(site).mean(0)
+    return value.mean(0)

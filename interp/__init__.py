@@ -1,0 +1,79 @@
+"""interp opens neural networks up: hooks on live models, linear maps, observables, probes, alignment maps.
+
+Names are resolved when first used: importing this package costs little more than importing torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "interp.hooks.activations": ["Activations"],
+    "interp.hooks.attach": ["attach", "load"],
+    "interp.hooks.errors": ["InterpError"],
+    "interp.hooks.interventions": [
+        "Add", "Function", "Intervention", "Mean", "Patch", "ProjectOut", "Scale", "Set", "Zero",
+        "load_plan", "save_plan",
+    ],
+    "interp.hooks.layouts": ["Layout"],
+    "interp.hooks.linear_map": ["LinearMap"],
+    "interp.hooks.linear_scope": ["LinearScope", "Votes"],
+    "interp.hooks.linearization": ["Linearization"],
+    "interp.hooks.model": ["Model"],
+    "interp.hooks.site": ["Site"],
+    "interp.hooks.table": ["Table"],
+    "interp.attribution": ["Attribution", "direct_attribution"],
+    "interp.lens": ["LogitLens", "logit_lens"],
+    "interp.observables": ["Observable"],
+    "interp.runs": ["Run"],
+}  # fmt: skip
+_NAMES = {name: home for home, names in _HOME.items() for name in names}
+
+if TYPE_CHECKING:
+    from interp.attribution import Attribution, direct_attribution
+    from interp.hooks.activations import Activations
+    from interp.hooks.attach import attach, load
+    from interp.hooks.errors import InterpError
+    from interp.hooks.interventions import (
+        Add,
+        Function,
+        Intervention,
+        Mean,
+        Patch,
+        ProjectOut,
+        Scale,
+        Set,
+        Zero,
+        load_plan,
+        save_plan,
+    )
+    from interp.hooks.layouts import Layout
+    from interp.hooks.linear_map import LinearMap
+    from interp.hooks.linear_scope import LinearScope, Votes
+    from interp.hooks.linearization import Linearization
+    from interp.hooks.model import Model
+    from interp.hooks.site import Site
+    from interp.hooks.table import Table
+    from interp.lens import LogitLens, logit_lens
+    from interp.observables import Observable
+    from interp.runs import Run
+
+__all__ = [
+    "Activations", "Add", "Attribution", "Function", "InterpError", "Intervention", "Layout", "LinearMap",
+    "LinearScope", "Linearization", "LogitLens", "Mean", "Model", "Observable", "Patch", "ProjectOut", "Run", "Scale",
+    "Set", "Site", "Table", "Votes", "Zero", "attach", "direct_attribution", "load", "load_plan", "logit_lens",
+    "save_plan",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        value = getattr(importlib.import_module(_NAMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'interp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_NAMES})

@@ -1,0 +1,1 @@
+"""Probes: estimators on activations."""
