@@ -1,0 +1,1 @@
+"""Networks that interp carries itself, since the packages that hold their weights have no usable code."""
