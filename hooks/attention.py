@@ -64,17 +64,20 @@ def explicit_attention(
 class AttentionTaps(TorchFunctionMode):
     """Calls ``tap(path, part, value)`` for each part of each attention module that runs, and uses what it returns.
 
-    ``enter`` and ``leave`` are called from hooks on the attention modules. Only the modules in ``wanted`` are tapped.
+    ``enter`` and ``leave`` are called from hooks on the attention modules. Only the modules in ``wanted`` are tapped,
+    and nothing while ``paused()``.
     """
 
-    def __init__(self, wanted: dict[str, set[str]], tap: Tap):
+    def __init__(self, wanted: dict[str, set[str]], tap: Tap, paused: Callable[[], bool] = lambda: False):
         super().__init__()
-        self.wanted, self.tap = wanted, tap
+        self.wanted, self.tap, self.paused = wanted, tap, paused
         self._stack: list[str] = []
         self._seen: set[str] = set()
 
     def enter(self, path: str) -> None:
         """An attention module begins."""
+        if self.paused():
+            return
         self._stack.append(path)
         self._seen.discard(path)
 
@@ -84,6 +87,8 @@ class AttentionTaps(TorchFunctionMode):
         Raises:
             SiteUnavailableError: If it called no softmax over scores that could be seen.
         """
+        if self.paused():
+            return
         self._stack.pop()
         if path not in self._seen:
             raise SiteUnavailableError(
@@ -95,15 +100,17 @@ class AttentionTaps(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Tap the calls of the innermost wanted attention module."""
         kwargs = kwargs or {}
-        if not self._stack:
+        if not self._stack or self.paused():
             return func(*args, **kwargs)
         path, name = self._stack[-1], getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention":
             with self:
                 return explicit_attention(*args, **kwargs)
-        if name in _MATMUL and path not in self._seen and all(isinstance(a, Tensor) and a.ndim >= 3 for a in args[:2]):
+        if path in self._seen or not args:
+            return func(*args, **kwargs)
+        if name in _MATMUL and len(args) > 1 and all(isinstance(a, Tensor) and a.ndim >= 3 for a in args[:2]):
             return self._score_product(path, func, args, kwargs)
-        if name == "softmax" and path not in self._seen and args[0].ndim >= 3:
+        if name == "softmax" and args[0].ndim >= 3:
             return self._softmax(path, func, args, kwargs)
         return func(*args, **kwargs)
 

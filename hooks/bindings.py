@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import nn
 
+from interp.hooks.errors import LayoutError
 from interp.hooks.layouts import Layout, child
 from interp.hooks.views import (
     Columns,
@@ -195,10 +196,16 @@ class Bindings:
             for part in "qkv":
                 path = getattr(layout, part)
                 full = path and layout.block(layer, path)
-                if full and _features(child(self.module, full), "out") == widths[part] * d:
+                fits = full and _features(child(self.module, full), "out") == widths[part] * d
+                if full and part == "v" and not fits:
+                    # z fixes the width of a head's values: queries and keys may be wider, values may not.
+                    raise self._widths(full, f"{widths[part]} heads of width {d}")
+                if fits:
                     yield part, full, Heads(widths[part], d), axes[part]
             return
         full, start = layout.block(layer, layout.qkv), 0
+        if _features(child(self.module, full), "out") != sum(widths.values()) * d:
+            raise self._widths(full, f"{layout.n_heads} queries, {layout.n_kv_heads} keys and values of width {d}")
         attn = layout.block(layer, layout.attn)
         for index, part in enumerate("qkv"):
             split = f"{attn}.{part}"
@@ -210,6 +217,10 @@ class Bindings:
             else:
                 yield part, full, Heads(widths[part], d, start), axes[part]
                 start += widths[part] * d
+
+    def _widths(self, path: str, wanted: str) -> LayoutError:
+        given = _features(child(self.module, path), "out")
+        return LayoutError(f"{path} has {given} outputs", wanted, "check n_heads and n_kv_heads of the layout")
 
     def _branch(self, layer: int, address: str, path: str, post: str | None, norm: str, what: str) -> None:
         """What a branch adds to the stream: after its post-norm and its multiplier."""

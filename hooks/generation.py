@@ -150,6 +150,8 @@ class _Phases(ExitStack):
         return self
 
     def _advance(self, module, args) -> None:
+        if any(session.paused for session in self.sessions):
+            return  # A step of the plan runs the model itself.
         self.step += 1
         self.sessions[0].active, self.sessions[1].active = self.step == 0, self.step > 0
 

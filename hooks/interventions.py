@@ -2,8 +2,9 @@
 
 import importlib
 import json
+import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,15 +30,23 @@ class Intervention:
     """
 
     site: SiteLike
-    head: int | Sequence[int] | None = None
-    positions: Any = None
+    head: int | Sequence[int] | None = field(default=None, kw_only=True)
+    positions: Any = field(default=None, kw_only=True)
     kind: ClassVar[str] = ""
+
+    def __post_init__(self):
+        """Refuse a site or heads that do not parse.
+
+        Raises:
+            SiteError: If the site does not parse.
+            InterventionError: If the heads are not ints.
+        """
+        self.where  # noqa: B018
 
     @property
     def where(self) -> Site:
         """The parsed site, narrowed to the heads."""
-        head = (self.head,) if isinstance(self.head, int) else self.head
-        return Site.parse(self.site).at(head=None if head is None else tuple(head))
+        return Site.parse(self.site).at(head=_heads(self.head))
 
     @property
     def at(self) -> Any:
@@ -49,6 +58,15 @@ class Intervention:
         raise InterventionError(
             "an Intervention without a kind", "Set, Add, Scale, Zero, Mean, Patch, ProjectOut or Function"
         )
+
+
+def _heads(head: Any) -> tuple[int, ...] | None:
+    if head is None:
+        return None
+    try:
+        return tuple(operator.index(h) for h in (head if hasattr(head, "__iter__") else (head,)))
+    except TypeError:
+        raise InterventionError(f"head={head!r:.60}", "an int or ints") from None
 
 
 @dataclass(frozen=True)
@@ -67,7 +85,10 @@ class Context:
 
 
 def _fit(given: Any, value: Tensor, what: str, site: Site) -> Tensor:
-    given = torch.as_tensor(given).to(device=value.device, dtype=value.dtype)
+    try:
+        given = torch.as_tensor(given).to(device=value.device, dtype=value.dtype)
+    except (TypeError, ValueError, RuntimeError):
+        raise InterventionError(f"{what} {given!r:.60} at {site}", "a number or a tensor") from None
     try:
         return given.expand_as(value)
     except RuntimeError:

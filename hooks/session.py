@@ -120,7 +120,7 @@ class Session(AbstractContextManager):
         self.stop, self.keep_graph, self.on_read = stop, keep_graph, on_read
         self.values: dict[Site, Tensor] = {}
         self.applied: set[int] = set()
-        self.active = True
+        self.active, self.paused = True, False
         self._sources: dict[int, Tensor] = {}
         self._stack = ExitStack()
         self._taps = self._group()
@@ -173,7 +173,8 @@ class Session(AbstractContextManager):
 
     def _install_attention(self, wanted: dict[str, set[str]]) -> None:
         self._stack.enter_context(eager_attention(self.module))
-        taps = AttentionTaps(wanted, lambda path, part, value: self._visit(path, part, value, None))
+        visit = lambda path, part, value: self._visit(path, part, value, None)
+        taps = AttentionTaps(wanted, visit, lambda: self.paused)
         for path in wanted:
             module = child(self.module, path)
             self._own(module.register_forward_pre_hook(lambda m, a, path=path: taps.enter(path)))  # type: ignore[union-attr]
@@ -214,7 +215,7 @@ class Session(AbstractContextManager):
 
     def _visit(self, path: str, where: str, base: Any, given: Tensor | None) -> Any:
         """Apply edits and take reads at one tap; return the base, replaced if an edit was made."""
-        if not self.active:
+        if not self.active or self.paused:
             return base
         for binding in self._taps[path, where]:
             for index, edit in enumerate(self.edits):
@@ -262,7 +263,12 @@ class Session(AbstractContextManager):
                 )
             source = self._sources[index]
         # The step sees a copy, so that neither it nor the write-back below can touch a tensor that autograd saved.
-        new = edit.step.apply(selection.get(full).clone(), Context(edit.site, source, edit.real))
+        # While it computes, these hooks are silent: it may run the model itself.
+        self.paused = True
+        try:
+            new = edit.step.apply(selection.get(full).clone(), Context(edit.site, source, edit.real))
+        finally:
+            self.paused = False
         self.applied.add(index)
         return edit.binding.view.put(base, selection.put(full, new), given)
 

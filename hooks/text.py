@@ -1,8 +1,9 @@
 """Token tables and chat templates."""
 
+import warnings
 from typing import TYPE_CHECKING
 
-from interp.hooks.errors import InputError
+from interp.hooks.errors import InputError, TokenError
 from interp.hooks.table import Table
 
 if TYPE_CHECKING:
@@ -37,3 +38,45 @@ def chat_ids(model: "Model", messages) -> list[int]:
         messages = [{"role": "user", "content": messages}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def token_id(model: "Model", token: str | int) -> int:
+    """Return the id of a token, given as an id or as a string that encodes to exactly one.
+
+    A string is encoded without special tokens. ``" she"`` and ``"she"`` are different tokens; a warning says so where
+    the one with a leading space exists too.
+
+    Raises:
+        TokenError: If the string encodes to several ids or none, or the id is outside the vocabulary.
+
+    Example:
+        >>> import interp
+        >>> model = interp.load("smollm2-135m")  # doctest: +SKIP
+        >>> token_id(model, " Mary")  # doctest: +SKIP
+        5099
+    """
+    vocab = model.reader.vocab
+    if isinstance(token, int) and not isinstance(token, bool):
+        if token < 0 or (vocab is not None and token >= vocab):
+            raise TokenError(f"token id {token}", f"an id in 0..{(vocab or 0) - 1}")
+        return token
+    if not isinstance(token, str) or not token:
+        raise TokenError(f"token {token!r}", "an id or a non-empty string")
+    if model.tokenizer is None:
+        raise TokenError(f"token {token!r}", "a tokenizer", "give the token's id")
+    ids = model.tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) != 1:
+        raise TokenError(
+            f"token {token!r} encodes to {len(ids)} ids {ids}",
+            "exactly one",
+            "give an id, another word, or a list of the parts",
+        )
+    if not token.startswith(" "):
+        spaced = model.tokenizer.encode(f" {token}", add_special_tokens=False)
+        if len(spaced) == 1 and spaced != ids:
+            warnings.warn(
+                f"{token!r} is id {ids[0]}; {' ' + token!r} (with a leading space) is another token, {spaced[0]}. "
+                "Mid-sentence words usually need the space.",
+                stacklevel=3,
+            )
+    return int(ids[0])

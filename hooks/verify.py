@@ -4,15 +4,18 @@ The list is checked in tests for every family, and once for each attached config
 """
 
 import hashlib
+import weakref
 from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.hooks.activations import Activations
 from interp.hooks.errors import LayoutError
 from interp.hooks.inputs import Batch
+from interp.hooks.interventions import Function
 from interp.hooks.layouts import child
 from interp.hooks.table import Table
 from interp.hooks.weights import linear_bias, linear_weight, plain
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 _TOKENS = 6
 _IMAGE = 32
 _VERIFIED: set[str] = set()
+_VERIFIED_MODULES: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-5}
 
 Claim = tuple[str, Tensor, Tensor]
@@ -36,8 +40,10 @@ def once(model: "Model") -> None:
     """
     if model._offloaded or model.reader.kind == "bare" or any(m.training for m in model.module.modules()):
         return
+    # Without a configuration nothing says that two modules compute the same: then each is verified for itself.
+    done = _VERIFIED if model.config is not None else _VERIFIED_MODULES.setdefault(model.module, set())
     key = _key(model)
-    if key in _VERIFIED:
+    if key in done:
         return
     last = model.n_layers - 1
     for row in identities(model, sorted({0, last // 2, last})):
@@ -47,15 +53,17 @@ def once(model: "Model") -> None:
                 f"at most {row['tolerance']:.0e}",
                 "give explicit paths with layout=interp.Layout(...), or layout='modules' for module paths only",
             )  # fmt: skip
-    _VERIFIED.add(key)
+    done.add(key)
 
 
 def _key(model: "Model") -> str:
     config = model.config
-    text = config.to_json_string() if hasattr(config, "to_json_string") else str(id(model.module))
-    return hashlib.sha256(f"{type(model.module).__name__} {model.layout} {model.dtype} {text}".encode()).hexdigest()
+    text = config.to_json_string() if hasattr(config, "to_json_string") else repr(config)
+    kinds = " ".join(sorted({f"{type(m).__module__}.{type(m).__qualname__}" for m in model.module.modules()}))
+    return hashlib.sha256(f"{kinds} {model.layout} {model.dtype} {text}".encode()).hexdigest()
 
 
+@torch.no_grad()
 def identities(model: "Model", layers: list[int] | None = None, inputs=None) -> Table:
     """Return the table of identities: name, largest relative error, tolerance, whether it holds.
 
@@ -67,10 +75,11 @@ def identities(model: "Model", layers: list[int] | None = None, inputs=None) -> 
     layers = list(range(model.n_layers)) if layers is None else layers
     names = [f"blocks.{n}." for n in sorted({*layers, *(x + 1 for x in layers if x + 1 < model.n_layers)})]
     sites = [a for a in model.bindings.by_address if not a.startswith("blocks.") or a.startswith(tuple(names))]  # type: ignore[union-attr]
-    acts = model.capture(_inputs(model) if inputs is None else inputs, sites)
+    inputs = _inputs(model) if inputs is None else inputs
+    acts = model.capture(inputs, sites)
     tolerance = _TOLERANCE.get(model.dtype, 4e-2)
     found: dict[str, float] = {}
-    for name, left, right in claims(model, acts, layers):
+    for name, left, right in chain(claims(model, acts, layers), _queries(model, acts, layers[0], inputs)):
         scale = right.abs().max().clamp(min=1e-6) if torch.isfinite(right).all() else torch.tensor(1.0)
         error = (
             float((left.double() - right.double()).abs().max() / scale.double())
@@ -168,6 +177,9 @@ def _attention(model, acts, layer: int) -> Iterator[Claim]:
         acts[f"{block}.attn.hook_pattern"].float(),
         acts[f"{block}.attn.hook_attn_scores"].float(),
     )
+    if pattern.shape[1] != layout.n_heads:
+        yield "pattern has the layout's heads", torch.tensor(pattern.shape[1]), torch.tensor(layout.n_heads)
+        return
     rows = torch.ones_like(pattern[..., 0])
     yield "pattern rows sum to 1", pattern.sum(-1), rows
     yield "pattern = softmax(attn_scores)", torch.softmax(scores, -1), pattern
@@ -185,6 +197,22 @@ def _attention(model, acts, layer: int) -> Iterator[Claim]:
     )
     name = "attn_out = what attention adds"
     yield from _branch(model, acts, name, f"{block}.attn.hook_out", f"{block}.hook_attn_out", f"{block}.ln1_post")
+
+
+def _queries(model, acts, layer: int, inputs) -> Iterator[Claim]:
+    """Queries and keys have like shapes and no closed form behind rotary: tell them apart by what they cause."""
+    block = f"blocks.{layer}.attn"
+    if f"{block}.hook_q" not in acts:
+        return
+    where = acts[f"{block}.hook_q"].shape[1] // 2
+    silence = Function(f"{block}.hook_q", fn=lambda q: q.index_fill(1, torch.tensor(where, device=q.device), 0.0))
+    moved = model.capture(inputs, f"{block}.hook_pattern", plan=[silence])[f"{block}.hook_pattern"]
+    others = [i for i in range(moved.shape[2]) if i != where]
+    yield (
+        "hook_q moves only its own row of the pattern",
+        moved[:, :, others],
+        acts[f"{block}.hook_pattern"][:, :, others],
+    )
 
 
 def _branch(model, acts, name: str, inner: str, outer: str, post: str) -> Iterator[Claim]:
@@ -229,6 +257,13 @@ def _mlp(model, acts, layer: int) -> Iterator[Claim]:
     layout, block = model.layout, f"blocks.{layer}"
     if layout.mlp_down:
         post = acts[f"{block}.mlp.hook_post"].float()
+        act = _activation(model, layer)
+        if act is not None:
+            # forward, not a call: a user's hooks are not ours to fire.
+            units = act.forward(acts[f"{block}.mlp.hook_pre"]).float()
+            gated = f"{block}.mlp.hook_pre_linear" in acts
+            units = units * acts[f"{block}.mlp.hook_pre_linear"].float() if gated else units
+            yield "mlp.hook_post = act(hook_pre)" + (" · hook_pre_linear" if gated else ""), units, post
         path = layout.block(layer, layout.mlp_down)
         yield (
             "mlp.hook_out = W_out post + b_out",
@@ -237,6 +272,14 @@ def _mlp(model, acts, layer: int) -> Iterator[Claim]:
         )
     name = "mlp_out = what the MLP adds"
     yield from _branch(model, acts, name, f"{block}.mlp.hook_out", f"{block}.hook_mlp_out", f"{block}.ln2_post")
+
+
+def _activation(model, layer: int) -> nn.Module | None:
+    """The module of the MLP's activation function, beside its first projection, where there is one."""
+    path = model.layout.mlp_pre or model.layout.gate_up
+    host = child(model.module, model.layout.block(layer, path.rpartition(".")[0])) if path else None
+    found = (getattr(host, name, None) for name in ("act_fn", "act", "activation_fn", "intermediate_act_fn"))
+    return next((plain(act) for act in found if isinstance(act, nn.Module)), None)
 
 
 def _exit(model, acts) -> Iterator[Claim]:

@@ -6,7 +6,7 @@ module's input, which norm views need. Shapes: base [batch, pos, width]; sites a
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from interp.hooks.errors import SiteError
 from interp.hooks.weights import Norm
 
 
+@runtime_checkable
 class View(Protocol):
     """A two-way window on a base tensor."""
 
