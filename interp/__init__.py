@@ -18,11 +18,12 @@ _HOME = {
     ],
     "interp.hooks.layouts": ["Layout"],
     "interp.hooks.linear_map": ["LinearMap"],
-    "interp.hooks.linear_scope": ["LinearScope", "Votes"],
+    "interp.hooks.linear_scope": ["LinearScope"],
     "interp.hooks.linearization": ["Linearization"],
     "interp.hooks.model": ["Model"],
     "interp.hooks.site": ["Site"],
     "interp.hooks.table": ["Table"],
+    "interp.hooks.votes": ["Votes"],
     "interp.attribution": ["Attribution", "direct_attribution"],
     "interp.lens": ["LogitLens", "logit_lens"],
     "interp.observables": ["Observable"],
@@ -50,11 +51,12 @@ if TYPE_CHECKING:
     )
     from interp.hooks.layouts import Layout
     from interp.hooks.linear_map import LinearMap
-    from interp.hooks.linear_scope import LinearScope, Votes
+    from interp.hooks.linear_scope import LinearScope
     from interp.hooks.linearization import Linearization
     from interp.hooks.model import Model
     from interp.hooks.site import Site
     from interp.hooks.table import Table
+    from interp.hooks.votes import Votes
     from interp.lens import LogitLens, logit_lens
     from interp.observables import Observable
     from interp.runs import Run

@@ -1,0 +1,174 @@
+"""The main job: what a language model and an image classifier say, and where it comes from.
+
+On a prompt: next tokens, logit lens, attribution to heads and MLPs, token votes. On a photograph: classes, pixel votes.
+Every decomposition is checked to sum to the network's own output.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from interp.attribution import direct_attribution
+from interp.hooks.attach import load
+from interp.hooks.errors import ArgumentError
+from interp.hooks.linear_scope import LinearScope
+from interp.hooks.model import Model
+from interp.hooks.table import Table
+from interp.hooks.text import token_id
+from interp.lens import logit_lens
+from interp.observables import Observable
+from interp.runs import Run
+
+Progress = Callable[[str], None]
+_TOP = 10
+
+
+class PromptSpec(BaseModel):
+    """One prompt with the tokens that are compared. An empty foil is the runner-up of the target."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    prompt: str = Field(min_length=1)
+    target: str = ""
+    foil: str = ""
+
+
+class DemoSpec(BaseModel):
+    """What the demo computes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    model: str = "smollm2-135m"
+    prompts: tuple[PromptSpec, ...] = (
+        PromptSpec(prompt="When Mary and John went to the store, John gave a drink to", target=" Mary", foil=" John"),
+        PromptSpec(prompt="The Eiffel Tower is in the city of", target=" Paris", foil=" London"),
+    )
+    image_model: str = "efficientnet-lite0"
+    image: str = "sample:china.jpg"
+
+
+def run_demo(spec: DemoSpec, root: str | Path, progress: Progress = lambda _: None) -> Run:
+    """Compute the demo and return its finished Run. Inputs are checked before any run folder is made.
+
+    Results: ``prompt-1-next-tokens``, ``-lens``, ``-attribution``, ``-votes`` for each prompt; ``image-classes``,
+    ``image-votes``, ``image-margin``; ``completeness``.
+
+    Raises:
+        InterpError: If a model, token or image is not what it should be.
+    """
+    progress(f"loading {spec.model}")
+    language = load(spec.model)
+    _check_tokens(language, spec)
+    progress(f"loading {spec.image_model}")
+    vision = load(spec.image_model)
+    pixels = _pixels(vision, spec.image)
+    run = Run.create(root, "demo", spec.model_dump())
+    try:
+        run.record_model("language", language)
+        run.record_model("vision", vision)
+        rows = []
+        for number, prompt in enumerate(spec.prompts, start=1):
+            rows += _prompt(run, language, prompt, f"prompt-{number}", progress)
+        rows += _image(run, vision, pixels, progress)
+        run.save("completeness", Table(rows, "every decomposition against the network's own output"))
+    except BaseException:
+        run.status("failed")
+        raise
+    run.status("finished")
+    return run
+
+
+def _check_tokens(model: Model, spec: DemoSpec) -> None:
+    if model.layout is None or model.layout.unembed is None or model.tokenizer is None:
+        raise ArgumentError(f"model {spec.model!r} ({model.family})", "a language model with a tokenizer")
+    for prompt in spec.prompts:
+        model.batch(prompt.prompt)
+        for token in filter(None, (prompt.target, prompt.foil)):
+            token_id(model, token)
+        if prompt.target and prompt.target == prompt.foil:
+            raise ArgumentError(f"target and foil are both {prompt.target!r}", "two different tokens")
+
+
+def _pixels(model: Model, image: str) -> torch.Tensor:
+    if model.preprocess is None or model.labels is None:
+        raise ArgumentError(f"image model {model.identity.get('name', '')!r}", "an image classifier with class names")
+    if image.startswith("sample:"):
+        from sklearn.datasets import load_sample_image
+
+        try:
+            return model.preprocess(load_sample_image(image.removeprefix("sample:")))
+        except AttributeError as error:
+            raise ArgumentError(f"image {image!r}", "sample:china.jpg, sample:flower.jpg or a file") from error
+    return model.preprocess(image)
+
+
+def _prompt(run: Run, model: Model, spec: PromptSpec, name: str, progress: Progress) -> list[dict[str, Any]]:
+    progress(f"{name}: next tokens")
+    logits = model.run(spec.prompt)[0, -1]
+    probabilities, ids = torch.softmax(logits.float(), -1).topk(_TOP)
+    words = [model.tokenizer.decode([i]) for i in ids.tolist()]
+    rows = [
+        {"token": w, "id": i, "logit": float(logits[i]), "probability": float(p)}
+        for w, i, p in zip(words, ids.tolist(), probabilities, strict=True)
+    ]
+    run.save(f"{name}-next-tokens", Table(rows, spec.prompt))
+    target, foil = _pair(model, spec, ids.tolist())
+    progress(f"{name}: logit lens")
+    run.save(f"{name}-lens", logit_lens(model, spec.prompt, [target, foil]))
+    progress(f"{name}: attribution to heads and MLPs")
+    label = f"{model.tokenizer.decode([target])!r} - {model.tokenizer.decode([foil])!r}"
+    observable = Observable.logit_diff(model, target, foil, name=label)
+    attribution = direct_attribution(model, observable, spec.prompt)
+    run.save(f"{name}-attribution", attribution)
+    progress(f"{name}: token votes")
+    scope = LinearScope(model, spec.prompt, "frozen")
+    votes = scope.votes(target, margin_to=foil)
+    run.save(f"{name}-votes", votes)
+    return [
+        _row(
+            name, "heads + MLPs + embedding + constant", label, attribution.measurement, attribution.completeness_error
+        ),
+        _row(name, "token votes + r", label, votes.value, votes.completeness_error),
+    ]
+
+
+def _pair(model: Model, spec: PromptSpec, likely: list[int]) -> tuple[int, int]:
+    """Ids of target and foil; by default the most likely token, and the most likely other one."""
+    target = token_id(model, spec.target) if spec.target else likely[0]
+    foil = token_id(model, spec.foil) if spec.foil else next(i for i in likely if i != target)
+    return target, foil
+
+
+def _image(run: Run, model: Model, pixels: torch.Tensor, progress: Progress) -> list[dict[str, Any]]:
+    progress("image: classes")
+    labels = model.labels or []
+    scope = LinearScope(model, pixels, "frozen")
+    probabilities, ids = torch.softmax(scope.y[0], -1).topk(_TOP)
+    rows = [
+        {"class": labels[i], "index": i, "logit": float(scope.y[0, i]), "probability": float(p)}
+        for i, p in zip(ids.tolist(), probabilities, strict=True)
+    ]
+    run.save("image-classes", Table(rows))
+    run.save_picture("image", model.preprocess.undo(pixels))
+    progress("image: pixel votes")
+    first, second = ids.tolist()[:2]
+    votes, margin = scope.votes(first), scope.votes(first, margin_to=second)
+    run.save("image-votes", votes)
+    run.save("image-margin", margin)
+    return [
+        _row("image", "pixel votes + r", labels[first], votes.value, votes.completeness_error, votes.bias_share),
+        _row(
+            "image",
+            "pixel votes + r",
+            f"{labels[first]} - {labels[second]}",
+            margin.value,
+            margin.completeness_error,
+            margin.bias_share,
+        ),
+    ]
+
+
+def _row(where: str, parts: str, of: str, value: float, error: float, share: float | None = None) -> dict[str, Any]:
+    row = {"where": where, "parts": parts, "of": of, "value": value, "completeness error": error}
+    return row if share is None else row | {"share of r": share}

@@ -1,0 +1,138 @@
+"""The logit lens: what the unembedding reads in the stream at each layer.
+
+Source: nostalgebraist, "interpreting GPT: the logit lens", 2020.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from interp.hooks.errors import ArgumentError, SiteUnavailableError
+from interp.hooks.layouts import child
+from interp.hooks.model import Model
+from interp.hooks.table import Table
+from interp.hooks.text import token_id
+from interp.hooks.weights import linear_bias, linear_weight
+
+
+@dataclass(frozen=True)
+class LogitLens:
+    """Readouts of the stream at each layer, of one prompt.
+
+    Attributes:
+        layers: Names of the streams: ``embed``, then each block's output.
+        tokens: The prompt's tokens.
+        top_ids: Most likely next tokens [layer, pos, k].
+        top_probabilities: Their probabilities [layer, pos, k].
+        entropy: Of the readout's distribution, in nats [layer, pos].
+        ranks: Rank (0 is first) of each followed token [layer, pos, token].
+        probabilities: Probability of each followed token [layer, pos, token].
+        followed: The followed tokens.
+        vocabulary: Token strings of ``top_ids`` by id.
+    """
+
+    layers: list[str]
+    tokens: list[str]
+    top_ids: Int[Tensor, "layer pos k"] = field(repr=False)
+    top_probabilities: Float[Tensor, "layer pos k"] = field(repr=False)
+    entropy: Float[Tensor, "layer pos"] = field(repr=False)
+    ranks: Int[Tensor, "layer pos token"] = field(repr=False)
+    probabilities: Float[Tensor, "layer pos token"] = field(repr=False)
+    followed: list[str]
+    vocabulary: dict[int, str] = field(repr=False)
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """One row for each layer and position: the most likely token, its probability, the entropy, followed tokens."""
+        rows = []
+        for i, layer in enumerate(self.layers):
+            for j, token in enumerate(self.tokens):
+                row = {
+                    "layer": layer,
+                    "position": j,
+                    "token": token,
+                    "top": self.vocabulary[int(self.top_ids[i, j, 0])],
+                }
+                row |= {"probability": float(self.top_probabilities[i, j, 0]), "entropy": float(self.entropy[i, j])}
+                for n, name in enumerate(self.followed):
+                    row |= {
+                        f"rank of {name}": int(self.ranks[i, j, n]),
+                        f"p of {name}": float(self.probabilities[i, j, n]),
+                    }
+                rows.append(row)
+        return rows
+
+    def at(self, position: int = -1) -> Table:
+        """Return the rows of one position, layer by layer."""
+        index = range(len(self.tokens))[position]
+        rows = [
+            {k: v for k, v in r.items() if k not in ("position", "token")}
+            for r in self.to_records()
+            if r["position"] == index
+        ]
+        return Table(rows, f"logit lens behind {self.tokens[index]!r}")
+
+    def _repr_html_(self) -> str:
+        return self.at(-1)._repr_html_()
+
+
+@torch.no_grad()
+def logit_lens(model: Model, prompt: Any, follow: Sequence[str | int] = (), k: int = 5, *, plan=()) -> LogitLens:
+    """Return the logit lens of one prompt: softmax(W_U N(x_l) + b_U) for the embedding and each block's output x_l.
+
+    The last layer's readout equals the model's own distribution.
+
+    Args:
+        model: A decoder with a final norm and an unembedding.
+        prompt: One text, or token ids.
+        follow: Tokens whose rank and probability are followed through the layers.
+        k: How many of the most likely tokens to keep.
+        plan: Interventions under which the model runs.
+
+    Raises:
+        SiteUnavailableError: If the model has no final norm and unembedding.
+        TokenError: If a followed token is not exactly one.
+        ArgumentError: If there is more than one prompt, or k is out of range.
+    """
+    layout = model.layout
+    if layout is None or layout.final_norm is None or layout.unembed is None or layout.post_ln:
+        raise SiteUnavailableError(
+            f"logit lens on {type(model.module).__name__} ({model.family})", "a final norm and an unembedding"
+        )
+    batch = model.batch(prompt)
+    if batch.size != 1 or not 1 <= k <= (model.reader.vocab or k):
+        raise ArgumentError(f"{batch.size} prompts and k={k}", f"one prompt and k in 1..{model.reader.vocab}")
+    ids = [token_id(model, t) for t in follow]
+    names = ["blocks.0.hook_resid_pre", *(f"blocks.{i}.hook_resid_post" for i in range(model.n_layers))]
+    acts = model.capture(batch, names, plan=plan)
+    rows = [_read(model, acts[name][0], ids, k) for name in names]
+    top_p, top_i, entropy, ranks, probabilities = (torch.stack(column) for column in zip(*rows, strict=True))
+    decode = (lambda i: model.tokenizer.decode([i])) if model.tokenizer is not None else str
+    return LogitLens(
+        layers=["embed", *(str(i) for i in range(model.n_layers))],
+        tokens=[decode(i) for i in batch.ids[0].tolist()],  # type: ignore[index]
+        top_ids=top_i, top_probabilities=top_p, entropy=entropy, ranks=ranks, probabilities=probabilities,
+        followed=[decode(i) for i in ids],
+        vocabulary={i: decode(i) for i in top_i.unique().tolist()},
+    )  # fmt: skip
+
+
+def _read(model: Model, stream: Float[Tensor, "pos d_model"], follow: list[int], k: int) -> tuple[Tensor, ...]:
+    layout, norm = model.layout, model.bindings.norms["ln_final"]  # type: ignore[union-attr]
+    head = child(model.module, layout.unembed)  # type: ignore[union-attr, arg-type]
+    weight, bias = linear_weight(head, layout.unembed), linear_bias(head)  # type: ignore[union-attr, arg-type]
+    logits = norm(stream).to(weight.dtype) @ weight.T
+    logits = ((logits if bias is None else logits + bias) * layout.logit_scale).float()  # type: ignore[union-attr]
+    if layout.logit_softcap is not None:  # type: ignore[union-attr]
+        logits = layout.logit_softcap * torch.tanh(logits / layout.logit_softcap)  # type: ignore[union-attr]
+    log_p = torch.log_softmax(logits, -1)
+    p, i = log_p.exp().topk(k, -1)
+    entropy = -(log_p.exp() * log_p).nansum(-1)
+    chosen = logits[:, follow]
+    ranks = (
+        (logits[:, None, :] > chosen[:, :, None]).sum(-1) if follow else torch.zeros(len(stream), 0, dtype=torch.long)
+    )
+    return p.cpu(), i.cpu(), entropy.cpu(), ranks.cpu(), log_p[:, follow].exp().cpu()

@@ -1,0 +1,108 @@
+"""Results on disk: a JSON file with the plain fields, a safetensors file with the tensors. No pickle."""
+
+import dataclasses
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from interp.hooks.errors import RunError
+from interp.hooks.table import Table
+
+FORMAT = 1
+_TYPES = {
+    "Attribution": "interp.attribution",
+    "LogitLens": "interp.lens",
+    "Votes": "interp.hooks.votes",
+    "Table": "interp.hooks.table",
+}
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old one or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_result(result: Any, stem: str | Path) -> None:
+    """Write a result to ``stem.json`` (and ``stem.safetensors``, if it holds tensors), tensors first.
+
+    Raises:
+        RunError: If the result is of a type that cannot be read back.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> stem = pathlib.Path(tempfile.mkdtemp()) / "rows"
+        >>> save_result(Table([{"a": 1}]), stem)
+        >>> load_result(stem)[0]
+        {'a': 1}
+    """
+    stem, kind = Path(stem), type(result).__name__
+    if kind not in _TYPES:
+        raise RunError(f"a result of type {kind}", f"one of {', '.join(_TYPES)}")
+    if isinstance(result, Table):
+        fields: dict[str, Any] = {"rows": result.to_records(), "title": result.title}
+    else:
+        fields = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
+    tensors: dict[str, Tensor] = {}
+    plain = {name: _take_out(value, name, tensors) for name, value in fields.items()}
+    if tensors:
+        temporary = stem.with_name(f".{stem.name}.{os.getpid()}.tmp")
+        save_file(tensors, str(temporary))
+        os.replace(temporary, stem.with_suffix(".safetensors"))
+    text = json.dumps({"format": FORMAT, "type": kind, "fields": plain}, indent=1, ensure_ascii=False)
+    write_atomically(stem.with_suffix(".json"), text.encode())
+
+
+def load_result(stem: str | Path) -> Any:
+    """Read a result that `save_result` wrote, bit for bit.
+
+    Raises:
+        RunError: If the file is missing, corrupt, of a newer format or of an unknown type.
+    """
+    stem = Path(stem)
+    try:
+        record = json.loads(stem.with_suffix(".json").read_text())
+        kind, version = record["type"], record["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{stem.with_suffix('.json')} cannot be read ({error})", "a result file") from error
+    if version > FORMAT or kind not in _TYPES:
+        raise RunError(
+            f"result {stem.name}: type {kind!r}, format {version}", f"format {FORMAT} or older", "update interp"
+        )
+    file = stem.with_suffix(".safetensors")
+    tensors = load_file(file) if file.is_file() else {}
+    fields = {name: _put_back(value, tensors) for name, value in record["fields"].items()}
+    cls = getattr(importlib.import_module(_TYPES[kind]), kind)
+    return cls(**fields)
+
+
+def _take_out(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"items": [[key, _take_out(v, f"{name}.{key}", tensors)] for key, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [_take_out(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
+    return value
+
+
+def _put_back(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_put_back(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        if value["tensor"] not in tensors:
+            raise RunError(f"tensor {value['tensor']!r} is missing", "the result's safetensors file")
+        return tensors[value["tensor"]]
+    return {key: _put_back(v, tensors) for key, v in value["items"]}
