@@ -27,6 +27,7 @@ _HOME = {
     "interp.attribution": ["Attribution", "direct_attribution"],
     "interp.lens": ["LogitLens", "logit_lens"],
     "interp.observables": ["Observable"],
+    "interp.plots": ["chart"],
     "interp.runs": ["Run"],
 }  # fmt: skip
 _NAMES = {name: home for home, names in _HOME.items() for name in names}
@@ -59,12 +60,13 @@ if TYPE_CHECKING:
     from interp.hooks.votes import Votes
     from interp.lens import LogitLens, logit_lens
     from interp.observables import Observable
+    from interp.plots import chart
     from interp.runs import Run
 
 __all__ = [
     "Activations", "Add", "Attribution", "Function", "InterpError", "Intervention", "Layout", "LinearMap",
     "LinearScope", "Linearization", "LogitLens", "Mean", "Model", "Observable", "Patch", "ProjectOut", "Run", "Scale",
-    "Set", "Site", "Table", "Votes", "Zero", "attach", "direct_attribution", "load", "load_plan", "logit_lens",
+    "Set", "Site", "Table", "Votes", "Zero", "attach", "chart", "direct_attribution", "load", "load_plan", "logit_lens",
     "save_plan",
 ]  # fmt: skip
 

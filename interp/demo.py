@@ -98,7 +98,7 @@ def _pixels(model: Model, image: str) -> torch.Tensor:
 
         try:
             return model.preprocess(load_sample_image(image.removeprefix("sample:")))
-        except AttributeError as error:
+        except (AttributeError, ValueError) as error:
             raise ArgumentError(f"image {image!r}", "sample:china.jpg, sample:flower.jpg or a file") from error
     return model.preprocess(image)
 

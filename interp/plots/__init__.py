@@ -1,0 +1,63 @@
+"""Figures: one function finds the drawing by the result's type. Altair is imported when a figure is drawn.
+
+Every figure is an `altair.Chart`: it shows itself in a notebook, saves to HTML, PNG and SVG, and answers clicks.
+"""
+
+import importlib
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from interp.hooks.errors import ArgumentError
+from interp.plots.style import visible
+
+if TYPE_CHECKING:
+    import altair
+
+__all__ = ["can_draw", "chart", "visible"]
+
+_DRAWN_BY = {
+    "LogitLens": ("interp.plots.lens", "lens_chart"),
+    "Attribution": ("interp.plots.components", "attribution_chart"),
+    "Votes": ("interp.plots.votes", "votes_chart"),
+    "Table": ("interp.plots.bars", "table_chart"),
+}
+
+
+def _home(result: Any) -> tuple[str, str] | None:
+    """Module and function that draw a result, by the name of its class or of one that it extends."""
+    return next((_DRAWN_BY[c.__name__] for c in type(result).__mro__ if c.__name__ in _DRAWN_BY), None)
+
+
+def can_draw(result: Any) -> bool:
+    """Whether `chart` has a drawing for this type of result."""
+    return _home(result) is not None
+
+
+def chart(result: Any, **options: Any) -> "altair.TopLevelMixin":
+    """Return the figure of a result.
+
+    Args:
+        result: A LogitLens, an Attribution, Votes, or a Table of tokens or classes with their probabilities.
+        options: Of the figure. LogitLens: ``colour`` ("probability" or "entropy"), ``figure`` ("both", "heat",
+            "ranks"), ``position``. Attribution: ``top``. Votes of an image: ``picture`` (PNG bytes or a PIL image),
+            ``cell`` (pixels), ``percentile``, ``size``. Table: ``top``. All: ``title``.
+
+    Raises:
+        ArgumentError: If there is no figure for this type, or an option is not the figure's.
+
+    Example:
+        >>> from interp.hooks.table import Table
+        >>> drawn = chart(Table([{"token": " the", "probability": 0.5}]))
+        >>> drawn.to_dict()["layer"][0]["mark"]["type"]
+        'bar'
+    """
+    home = _home(result)
+    if home is None:
+        raise ArgumentError(f"a figure of {type(result).__name__}", f"one of {', '.join(_DRAWN_BY)}")
+    draw = getattr(importlib.import_module(home[0]), home[1])
+    known = list(inspect.signature(draw).parameters)[1:]
+    if wrong := sorted(set(options) - set(known)):
+        raise ArgumentError(
+            f"option {wrong[0]!r} for a figure of {type(result).__name__}", f"one of {', '.join(known)}"
+        )
+    return draw(result, **options)
