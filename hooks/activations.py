@@ -48,6 +48,13 @@ class Activations(Mapping[str, Tensor]):
             "one of " + ", ".join(list(self._values)[:5]) + (", ..." if len(self) > 5 else ""),
         )
 
+    def get(self, site: SiteLike, default=None):  # type: ignore[override]
+        """Return the site's tensor, or the default where it was not captured."""
+        try:
+            return self[site]
+        except SiteError:
+            return default
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 

@@ -8,6 +8,7 @@ the pattern. The model's attention setting is `eager` for the length of the run,
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ Tap = Callable[[str, str, Tensor], Tensor]
 @contextmanager
 def eager_attention(module: nn.Module) -> Iterator[None]:
     """Run Hugging Face models with eager attention inside the block; restore each config afterwards."""
-    configs = {
+    configs: dict[int, Any] = {
         id(c): c for m in module.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation_internal")
     }
     before = {key: config._attn_implementation_internal for key, config in configs.items()}

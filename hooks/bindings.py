@@ -1,7 +1,7 @@
 """Bindings: which tap of which module carries each site of a layout, and what the site means."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -77,7 +77,7 @@ def sizes(module: nn.Module, layout: Layout) -> dict[str, int]:
 
 
 def _features(module: nn.Module | None, side: str) -> int:
-    inner = plain(module)  # type: ignore[arg-type]
+    inner: Any = plain(module)  # type: ignore[arg-type]
     named = getattr(inner, f"{side}_features", None)
     if named is not None:
         return int(named)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 METADATA = frozenset(
     """
@@ -58,8 +58,8 @@ BILINEAR = frozenset(
 
 WEIGHTED = frozenset(
     """
-    linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc convolution embedding
-    embedding_bag grid_sample
+    linear grouped_mm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc convolution
+    embedding embedding_bag grid_sample
     """.split()
 )
 
@@ -143,12 +143,54 @@ def tensors(*values: Any) -> list[Tensor]:
 
 
 def is_live(value: Any) -> bool:
-    """Whether a value depends on the input: autograd follows it (parameters are kept out while a tape is made)."""
-    return isinstance(value, Tensor) and value.requires_grad
+    """Whether a value depends on the input: autograd follows it, or a replay without gradients has marked it.
+
+    Parameters are kept out: they require no gradient while a tape is made.
+    """
+    return isinstance(value, Tensor) and (value.requires_grad or getattr(value, "_interp_live", False))
 
 
-def expand_affinely(func: Callable, args: tuple, kwargs: dict, reference: list[Tensor]) -> Any:
-    """Return func's affine expansion at a reference: f(z) + J_f(z)(v - z), v the live arguments.
+def mark_live(value: Any) -> Any:
+    """Mark the floating-point tensors in a value as dependent on the input, and return it."""
+    for t in tensors(value):
+        if t.is_floating_point() or t.is_complex():
+            t._interp_live = True  # type: ignore[attr-defined]
+    return value
+
+
+# Where a linear call takes a constant number that is added: position and keyword.
+_ADDED = {
+    "add": (1, "other"), "radd": (1, "other"), "iadd": (1, "other"), "sub": (1, "other"), "rsub": (1, "other"),
+    "isub": (1, "other"), "subtract": (1, "other"), "masked_fill": (2, "value"), "pad": (3, "value"),
+    "constant_pad_nd": (2, "value"), "where": (2, "other"), "setitem": (2, "value"), "fill": (1, "value"),
+}  # fmt: skip
+
+
+def without_constants(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Return a linear call's linear part: every constant that it would add or copy in is zero."""
+    zero = lambda v: v.new_zeros(()).expand(v.shape) if _is_constant(v) else v
+    name, first = name_of(func), args[0] if args else None
+    if in_place(func, kwargs) and _is_constant(first):
+        first.zero_()  # the network writes a live value into a buffer of its own
+        args, kwargs = (first, *tree_map(zero, args[1:])), tree_map(zero, kwargs)
+    else:
+        args, kwargs = tree_map(zero, args), tree_map(zero, kwargs)
+    slots = [_ADDED[name]] if name in _ADDED else []
+    slots += [(1, "input")] if name == "where" else []
+    for slot, keyword in slots:
+        if len(args) > slot and isinstance(args[slot], (int, float)):
+            args = (*args[:slot], 0.0, *args[slot + 1 :])
+        if isinstance(kwargs.get(keyword), (int, float)):
+            kwargs = kwargs | {keyword: 0.0}
+    return func(*args, **kwargs)
+
+
+def _is_constant(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and not is_live(value)
+
+
+def expand(func: Callable, args: tuple, kwargs: dict, reference: list[Tensor], homogeneous: bool = False) -> Any:
+    """Return func's affine expansion at a reference, f(z) + J_f(z)(v - z), or its linear part J_f(z) v.
 
     ``reference`` lists the live arguments' values z in the order in which they are met; batch axes of size one
     broadcast. Outputs without a derivative (indices) are those at the reference.
@@ -156,7 +198,7 @@ def expand_affinely(func: Callable, args: tuple, kwargs: dict, reference: list[T
     leaves, spec = tree_flatten((args, kwargs))
     slots = [i for i, leaf in enumerate(leaves) if is_live(leaf)]
     live = [leaves[i] for i in slots]
-    points = [z.expand_as(v) for z, v in zip(reference, live, strict=True)]
+    points = [z.expand_as(v).contiguous() for z, v in zip(reference, live, strict=True)]
     shapes: list[Any] = []
 
     def call(*values):
@@ -169,9 +211,10 @@ def expand_affinely(func: Callable, args: tuple, kwargs: dict, reference: list[T
         return smooth, [out for out in flat if not out.is_floating_point()]
 
     # A masked score is -inf at the reference and in the probe: it does not move.
-    deltas = tuple(torch.where(torch.isfinite(z), v - z, 0.0) for v, z in zip(live, points, strict=True))
-    values, slopes, fixed = torch.func.jvp(call, tuple(points), deltas, has_aux=True)
-    moved = [value + slope for value, slope in zip(values, slopes, strict=True)]
+    moves = [v if homogeneous else v - z for v, z in zip(live, points, strict=True)]
+    deltas = tuple(torch.where(torch.isfinite(z), move, 0.0) for move, z in zip(moves, points, strict=True))
+    values, slopes, fixed = torch.func.jvp(call, tuple(points), deltas, has_aux=True)  # type: ignore[misc]
+    moved = slopes if homogeneous else [value + slope for value, slope in zip(values, slopes, strict=True)]
     # Values come first in every call that also gives indices (topk, sort, max, pooling).
     return tree_unflatten([*moved, *fixed], shapes[-1])
 

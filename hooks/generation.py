@@ -1,6 +1,6 @@
 """Steering and reading while text is written."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -13,15 +13,15 @@ from interp.hooks import guards
 from interp.hooks.bindings import ATTENTION_TAPS
 from interp.hooks.errors import ArgumentError, InterventionError, InterventionNotAppliedError, SiteUnavailableError
 from interp.hooks.inputs import Batch
-from interp.hooks.interventions import Intervention, Patch
+from interp.hooks.interventions import Intervention, Mean, Patch, PlanLike
 from interp.hooks.plans import resolve_plan
 from interp.hooks.session import Read, Session
-from interp.hooks.site import SiteLike
+from interp.hooks.site import Site, SiteLike
 
 if TYPE_CHECKING:
     from interp.hooks.model import Model
 
-_PHASES = ("prompt", "generated")
+_LAST_ONLY = ("unembed.hook_out", "logits")  # of a prompt, transformers unembeds the last token only
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def generate(
     inputs,
     *,
     max_new_tokens: int = 20,
-    plan: Sequence[Intervention] = (),
+    plan: PlanLike = (),
     capture: SiteLike | Iterable[SiteLike] = (),
     do_sample: bool = False,
     temperature: float | None = None,
@@ -92,6 +92,8 @@ def generate(
         raise ArgumentError(f"generate on {type(model.module).__name__}", "a Hugging Face model with generate()")
     if max_new_tokens < 1:
         raise ArgumentError(f"max_new_tokens={max_new_tokens}", "at least 1")
+    _check_sampling(do_sample, temperature, top_k, top_p)
+    guards.refuse_compiled(model.module)
     guards.refuse_training(model.module)
     if chat:
         from interp.hooks.text import chat_ids
@@ -114,27 +116,41 @@ def generate(
     return _result(model, batch, output, phases)
 
 
+def _check_sampling(do_sample: bool, temperature: float | None, top_k: int | None, top_p: float | None) -> None:
+    legal = {
+        "temperature": (temperature, "above 0", lambda v: v > 0),
+        "top_k": (top_k, "at least 1", lambda v: v >= 1),
+        "top_p": (top_p, "above 0, at most 1", lambda v: 0 < v <= 1),
+    }
+    for name, (value, needed, holds) in legal.items():
+        if value is not None and not holds(value):
+            raise ArgumentError(f"{name}={value}", needed)
+        if value is not None and not do_sample:
+            raise ArgumentError(f"{name}={value} without do_sample=True", "do_sample=True, or no option of sampling")
+
+
 class _Phases(ExitStack):
     """One session for the pass over the prompt, one for each generated token's; a hook on the root switches."""
 
-    def __init__(self, model: "Model", batch: Batch, plan: Sequence[Intervention], capture):
+    def __init__(self, model: "Model", batch: Batch, plan: PlanLike, capture):
         super().__init__()
         self.model, self.step = model, -1
         self.pieces: dict[str, list[Tensor]] = {}
-        wanted = [capture] if isinstance(capture, str) else list(capture)
+        wanted = [capture] if isinstance(capture, (str, Site)) else list(capture)
         reads = [Read(site, binding) for site, binding in model.resolve(wanted)] if wanted else []
         plan = [plan] if isinstance(plan, Intervention) else list(plan)
         first = resolve_plan(model, batch, [s for p in plan if (s := _in_prompt(p)) is not None])
         later = resolve_plan(model, batch, [s for p in plan if (s := _in_generated(p)) is not None])
-        for site, binding in [(r.site, r.binding) for r in reads] + [(e.site, e.binding) for e in (*first, *later)]:
-            if binding.where in ATTENTION_TAPS or site.positions is not None:
+        for one in (*reads, *first, *later):
+            last_only = one.binding.address in _LAST_ONLY and (isinstance(one, Read) or one.where is not None)
+            if one.binding.where in ATTENTION_TAPS or last_only or one.site.positions is not None:
                 raise SiteUnavailableError(
-                    f"{site} while generating",
-                    "a site outside attention, at all positions",
+                    f"{one.site} while generating",
+                    "a site outside attention and in front of the unembedding, at all positions",
                     "capture the finished text",
                 )
         keep = lambda site, value: self.pieces.setdefault(str(site), []).append(value)
-        self.sessions = [Session(model.module, reads, edits, on_read=keep) for edits in (first, later)]
+        self.sessions = [Session(model.module, reads, edits, on_read=keep, size=batch.size) for edits in (first, later)]
 
     def __enter__(self):
         super().__enter__()
@@ -172,6 +188,8 @@ def _in_prompt(step: Intervention) -> Intervention | None:
 def _in_generated(step: Intervention) -> Intervention | None:
     if step.at is not None and step.at != "generated":
         return None
+    if isinstance(step, Mean) and step.over is None:
+        raise InterventionError("a Mean of the run's own batch while generating", "over=inputs, or positions='prompt'")
     if isinstance(step, Patch):
         if step.at == "generated":
             raise InterventionError("a Patch at generated tokens", "Set or Add with a value, or a Patch in the prompt")

@@ -79,7 +79,7 @@ def refuse_training(module: nn.Module) -> None:
     Raises:
         TrainModeError: Naming the first modules in which training mode changes the result.
     """
-    live = [name for name, sub in module.named_modules() if sub.training and _differs_in_training(sub)]
+    live = live_in_training(module)
     if live:
         more = f" and {len(live) - _QUOTE} more" if len(live) > _QUOTE else ""
         raise TrainModeError(
@@ -87,6 +87,11 @@ def refuse_training(module: nn.Module) -> None:
             "evaluation mode",
             "call model.eval()",
         )
+
+
+def live_in_training(module: nn.Module) -> list[str]:
+    """Return the paths of modules that are in training mode and compute something else there."""
+    return [name for name, sub in module.named_modules() if sub.training and _differs_in_training(sub)]
 
 
 def _differs_in_training(module: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """Batch: what one forward call is given, with the true extent of each example."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,23 +67,23 @@ class Batch:
         resolved = []
         for index, (row, length, start) in enumerate(zip(rows, self.lengths, self.starts, strict=True)):
             for p in row:
-                if isinstance(p, bool) or not isinstance(p, int) or not -length <= p < length:
+                if isinstance(p, bool) or not hasattr(p, "__index__") or not -length <= p < length:
                     raise PositionError(
                         f"position {p!r} in example {index}",
                         f"an int in {-length}..{length - 1} ({length} tokens)",
                     )
-            resolved.append([start + p % length for p in row])
+            resolved.append([start + operator.index(p) % length for p in row])
         return torch.tensor(resolved)
 
-    def _rows(self, wanted) -> list[list[int]]:
+    def _rows(self, wanted) -> list[list[Any]]:
+        if hasattr(wanted, "tolist"):
+            wanted = wanted.tolist()  # a tensor or an array
         if isinstance(wanted, int):
             return [[wanted]] * self.size
         if wanted == "last":
             return [[-1]] * self.size
         if isinstance(wanted, str):
             return [self._covering(index, wanted) for index in range(self.size)]
-        if isinstance(wanted, Tensor):
-            wanted = wanted.tolist()
         if isinstance(wanted, Sequence) and wanted and all(isinstance(p, (list, tuple)) for p in wanted):
             if len(wanted) != self.size:
                 raise PositionError(f"{len(wanted)} lists of positions", f"one for each of {self.size} examples")
@@ -207,11 +208,11 @@ class Reader:
             )
         self._check(ids, mask)
         ids, mask = ids.to(self.device, torch.long), mask.to(self.device)
-        extra = (
-            {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
-            if isinstance(inputs, Mapping)
-            else {}
-        )
+        extra = {
+            key: value.to(self.device) if isinstance(value, Tensor) else value
+            for key, value in (inputs.items() if isinstance(inputs, Mapping) else ())
+            if key not in ("input_ids", "attention_mask")
+        }
         return Batch((), self._call(ids, mask) | extra, ids.shape[0], ids, mask, texts, spans)
 
     def _call(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
@@ -259,17 +260,17 @@ class Reader:
         return ids, mask
 
     def _pad(self, rows, side: str | None) -> tuple[Tensor, Tensor]:
-        tensors = [torch.as_tensor(row) for row in rows]
+        tensors = [_ids(row) for row in rows]
         if any(t.ndim != 1 for t in tensors):
             raise InputError("token ids nested deeper than [example][token]", "a list of ids for each example")
         side = side or getattr(self.tokenizer, "padding_side", None) or "right"
         if side not in ("left", "right"):
             raise InputError(f"padding_side={side!r}", "'left' or 'right'")
         longest = max(len(t) for t in tensors)
-        ids = torch.zeros(len(tensors), longest, dtype=tensors[0].dtype)
+        ids = torch.zeros(len(tensors), longest, dtype=torch.long)
         mask = torch.zeros(len(tensors), longest, dtype=torch.bool)
         pad = getattr(self.tokenizer, "pad_token_id", None)
-        ids += pad if pad is not None and not ids.is_floating_point() else 0
+        ids += pad if pad is not None else 0
         for row, t in enumerate(tensors):
             where = slice(0, len(t)) if side == "right" else slice(longest - len(t), longest)
             ids[row, where], mask[row, where] = t, True
@@ -282,8 +283,7 @@ class Reader:
                 "[batch, pos] with at least one token in each example",
                 "the prompt may be empty",
             )
-        if ids.is_floating_point() or ids.dtype == torch.bool or ids.is_complex():
-            raise InputError(f"token ids of dtype {ids.dtype}", "integers")
+        _integers(ids)
         gaps = (mask.int().diff(dim=1) != 0).sum(1) > 1
         if gaps.any():
             raise InputError(
@@ -299,6 +299,20 @@ class Reader:
                 f"at most {self.context} (the model's learned positions)",
                 "shorten the text",
             )
+
+
+def _ids(row) -> Tensor:
+    try:
+        ids = torch.as_tensor(row)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"token ids {row!r:.60}", "texts only, or a list of ints for each example") from None
+    return _integers(ids) if ids.numel() else ids.long()
+
+
+def _integers(ids: Tensor) -> Tensor:
+    if ids.is_floating_point() or ids.dtype == torch.bool or ids.is_complex():
+        raise InputError(f"token ids of dtype {ids.dtype}", "integers")
+    return ids
 
 
 def _is_text(inputs) -> bool:

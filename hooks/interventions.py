@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -58,6 +58,9 @@ class Intervention:
         raise InterventionError(
             "an Intervention without a kind", "Set, Add, Scale, Zero, Mean, Patch, ProjectOut or Function"
         )
+
+
+PlanLike = Intervention | Sequence[Intervention]
 
 
 def _heads(head: Any) -> tuple[int, ...] | None:
@@ -228,7 +231,7 @@ class Function(Intervention):
 _KINDS: dict[str, type[Intervention]] = {c.kind: c for c in (Set, Add, Scale, Zero, Mean, Patch, ProjectOut, Function)}
 
 
-def save_plan(plan: Sequence[Intervention], path: str | Path) -> None:
+def save_plan(plan: PlanLike, path: str | Path) -> None:
     """Write a plan to one safetensors file.
 
     Raises:
@@ -241,6 +244,7 @@ def save_plan(plan: Sequence[Intervention], path: str | Path) -> None:
         >>> load_plan(file)[0].site
         'blocks.3.hook_mlp_out'
     """
+    plan = [plan] if isinstance(plan, Intervention) else plan
     tensors: dict[str, Tensor] = {}
     rows = [
         {"kind": step.kind} | {f.name: _encode(getattr(step, f.name), f"{i}.{f.name}", tensors) for f in fields(step)}
@@ -255,12 +259,22 @@ def load_plan(path: str | Path) -> list[Intervention]:
     Raises:
         InterventionError: If the file is not a plan, or of another format.
     """
-    with safe_open(str(path), "pt") as file:
-        meta = file.metadata() or {}
-        if meta.get("format") != FORMAT:
-            raise InterventionError(f"{path} has format {meta.get('format')!r}", FORMAT)
-        rows = json.loads(meta["plan"])
-        return [_KINDS[row.pop("kind")](**{k: _decode(v, file) for k, v in row.items()}) for row in rows]
+    try:
+        with safe_open(str(path), "pt") as file:
+            meta = file.metadata() or {}
+            if meta.get("format") != FORMAT:
+                raise InterventionError(f"{path} has format {meta.get('format')!r}", FORMAT)
+            return [_step(row, file) for row in json.loads(meta["plan"])]
+    except SafetensorError as error:
+        raise InterventionError(f"{path} is not a plan: {error}", "a file that save_plan wrote") from error
+
+
+def _step(row: dict[str, Any], file) -> Intervention:
+    kind = _KINDS.get(row["kind"])
+    unknown = set(row) - {"kind"} - {f.name for f in fields(kind)} if kind else set()
+    if kind is None or unknown:
+        raise InterventionError(f"a plan with an unknown kind or field: {row}", f"kinds {', '.join(_KINDS)}")
+    return kind(**{k: _decode(v, file) for k, v in row.items() if k != "kind"})
 
 
 def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

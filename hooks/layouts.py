@@ -5,7 +5,7 @@ then means is checked by identities: see `verify`.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -31,6 +31,7 @@ class Layout:
         mlp: MLP module, or None where its parts lie in the block itself (BERT).
         mlp_pre: Projection whose output is the (gate) pre-activation; ``mlp_up`` the other factor of a gated MLP;
             ``gate_up`` both fused; ``mlp_down`` the projection back to the stream.
+        experts: Experts of a mixture; the MLP then has no neurons of its own.
         ln1, ln2: Norms in front of attention and MLP (post-LN encoders: behind each sum).
         ln1_post, ln2_post: Norms on the branches' outputs (Gemma 2/3, OLMo 2).
         parallel: Attention and MLP both read the block's input.
@@ -58,6 +59,7 @@ class Layout:
     mlp_up: str | None = None
     gate_up: str | None = None
     mlp_down: str | None = None
+    experts: str | None = None
     ln1: str | None = None
     ln2: str | None = None
     ln1_post: str | None = None
@@ -87,10 +89,10 @@ class Layout:
         return "post-norm branches" if self.ln1_post else "sequential"
 
 
-_QKV = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
+_QKV: dict[str, Any] = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
 
 
-def _within(attn: str, parts: dict[str, str]) -> dict[str, str]:
+def _within(attn: str, parts: dict[str, str]) -> dict[str, Any]:
     return {key: f"{attn}.{value}" for key, value in parts.items()}
 
 
@@ -99,7 +101,7 @@ _LLAMA = Layout(
     **_within("self_attn", _QKV), mlp="mlp", mlp_pre="mlp.gate_proj", mlp_up="mlp.up_proj",
     mlp_down="mlp.down_proj", ln1="input_layernorm", ln2="post_attention_layernorm",
 )  # fmt: skip
-_MOE = {"mlp_pre": None, "mlp_up": None, "mlp_down": None}
+_MOE: dict[str, Any] = {"mlp_pre": None, "mlp_up": None, "mlp_down": None, "experts": "mlp.experts"}
 _GPT2 = Layout(
     "gpt2", embed="wte", pos_embed="wpe", blocks="h", attn="attn", o="attn.c_proj", qkv="attn.c_attn", fused="split",
     final_norm="ln_f", mlp="mlp", mlp_pre="mlp.c_fc", mlp_down="mlp.c_proj", ln1="ln_1", ln2="ln_2",
@@ -125,6 +127,11 @@ TABLE: tuple[Layout, ...] = (
         mlp_up=None, gate_up="mlp.gate_up_proj",
     ),
     replace(_LLAMA, name="llama, mixture of experts", **_MOE),
+    replace(_LLAMA, name="starcoder2", mlp_pre="mlp.c_fc", mlp_up=None, mlp_down="mlp.c_proj"),
+    replace(
+        _LLAMA, name="phi", o="self_attn.dense", mlp_pre="mlp.fc1", mlp_up=None, mlp_down="mlp.fc2", ln2=None,
+        final_norm="final_layernorm", parallel=True,
+    ),
     replace(_LLAMA, name="cohere", ln2=None, parallel=True),
     _GPT2,
     replace(
@@ -151,7 +158,7 @@ TABLE: tuple[Layout, ...] = (
 )  # fmt: skip
 
 _BLOCK_PARTS = (
-    "attn", "o", "q", "k", "v", "qkv", "mlp", "mlp_pre", "mlp_up", "gate_up", "mlp_down",
+    "attn", "o", "q", "k", "v", "qkv", "mlp", "mlp_pre", "mlp_up", "gate_up", "mlp_down", "experts",
     "ln1", "ln2", "ln1_post", "ln2_post",
 )  # fmt: skip
 _MODEL_PARTS = ("embed", "pos_embed", "type_embed", "embed_norm", "final_norm")
@@ -229,8 +236,8 @@ def _resolve(module: nn.Module, root: str, row: Layout) -> Layout:
     )
 
 
-def _text_config(module: nn.Module):
-    config = getattr(module, "config", None)
+def _text_config(module: nn.Module) -> Any:
+    config: Any = getattr(module, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -255,6 +262,10 @@ def check_explicit(module: nn.Module, layout: Layout) -> Layout:
     Raises:
         ArgumentError: If a path is missing, or the head count is not given.
     """
+    needed = ("embed", "blocks", "attn", "o", *(("ln1", "ln2") if layout.post_ln else ()))
+    for part in needed:
+        if not getattr(layout, part):
+            raise ArgumentError(f"layout.{part}={getattr(layout, part)!r}", "the path of a submodule")
     for part in (*_MODEL_PARTS, "blocks", "unembed"):
         path = getattr(layout, part)
         if path is not None and child(module, path) is None:
@@ -279,7 +290,7 @@ def check_explicit(module: nn.Module, layout: Layout) -> Layout:
 def _near(module: nn.Module, path: str) -> str:
     import difflib
 
-    near = difflib.get_close_matches(path, [n for n, _ in module.named_modules()], n=3)
+    near = difflib.get_close_matches(path, [n for n, _ in module.named_modules() if n], n=3, cutoff=0.5)
     return f"did you mean {', '.join(near)}?" if near else ""
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from interp.hooks.errors import ArgumentError, InputError, SizeError
 from interp.hooks.linearization import Linearization
+from interp.hooks.spectra import SVD, Eigen, eig, svd
 
 _DENSE_BYTES = 2 << 30
 
@@ -108,7 +109,24 @@ class LinearMap:
 
         rows, columns = math.prod(self.out_shape), math.prod(self.in_shape)
         push, pull = apply(self._push, self.in_shape), apply(self._pull, self.out_shape)
-        return LinearOperator((rows, columns), matvec=push, rmatvec=pull, dtype=np.float64)
+        # Called with functions, LinearOperator makes an operator of another class; its stub knows only the first form.
+        return LinearOperator((rows, columns), matvec=push, rmatvec=pull, dtype=np.float64)  # pyright: ignore
+
+    def svd(self, k: int = 6, **options) -> SVD:
+        """Return the k largest singular triplets with their residuals; options as for `interp.hooks.spectra.svd`.
+
+        Raises:
+            ArgumentError: If k or an option is out of range.
+        """
+        return svd(self, k, **options)
+
+    def eig(self, k: int = 6, **options) -> Eigen:
+        """Return the k eigenpairs of largest magnitude of a square map; options as for `interp.hooks.spectra.eig`.
+
+        Raises:
+            ArgumentError: If the map is not square, or k is out of range.
+        """
+        return eig(self, k, **options)
 
     def _probes(self, v: Tensor, shape: tuple[int, ...], what: str) -> tuple[Tensor, bool]:
         v = torch.as_tensor(v, dtype=self.dtype, device=self.device)

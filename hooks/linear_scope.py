@@ -5,7 +5,6 @@ Source: Navarrete Michelini, Liu, Lu, Jiang, "A Tour of Convolutional Networks G
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.hooks.errors import ArgumentError, CompletenessError, InputError, NonFiniteError
-from interp.hooks.inputs import Batch
-from interp.hooks.layouts import child
+from interp.hooks.frozen import FrozenNetwork
 from interp.hooks.linear_map import LinearMap
 from interp.hooks.linearization import Linearization, LinearizationLike
 from interp.hooks.model import Model, main_tensor
-from interp.hooks.rules import finish
 from interp.hooks.table import Table
-from interp.hooks.tape import Tape
 from interp.hooks.text import token_id
-from interp.hooks.views import first_tensor, with_first
-from interp.hooks.votes import Votes
+from interp.hooks.votes import BiasReport, Votes, report_biases
 
 
 @dataclass(frozen=True)
@@ -81,45 +76,20 @@ class LinearScope(LinearMap):
         self.batch = model.batch(x)
         if self.batch.size != 1:
             raise InputError(f"{self.batch.size} examples", "one reference input", "make one scope for each")
-        held = Linearization.of(linearization)
-        self._select = output or main_tensor
-        self._held = held
+        held, select = Linearization.of(linearization), output or main_tensor
         with torch.no_grad():
-            self.y = self._select(model.forward(self.batch))
+            self.y = select(model.forward(self.batch))
         if not torch.isfinite(self.y).all():
             raise NonFiniteError("the network's output holds NaN or infinity", "finite output at the reference")
-        self._tape: list = []
-        values = self._input_blocks()
-        self._leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
-        self._graph = finish(self._record())
-        self.blocks = {name: Block(name, values[name], self._block_map(name)) for name in values}
+        self._network = FrozenNetwork(model, self.batch, held, select)
+        values = self._network.values
+        self.blocks = {name: Block(name, value, self._block_map(name)) for name, value in values.items()}
         first = next(iter(self.blocks.values()))
         super().__init__(first.map._push, first.map._pull, first.map.in_shape, first.map.out_shape, self.y, held)
         self.x = first.value
         self.origin = self._origin(origin)
         self.r = self.replay({name: torch.zeros_like(value) for name, value in values.items()})
-        self.Fx = sum((b.map.matvec(b.value[0])[None] for b in self.blocks.values()), torch.zeros_like(self.y))
-
-    # Making ----------------------------------------------------------------------------------------------------------
-
-    def _input_blocks(self) -> dict[str, Tensor]:
-        """Values of the input blocks [1, ...]: embeddings of a token model, else the first floating-point argument."""
-        if self.batch.ids is not None:
-            return _embeddings(self.model, self.batch)
-        x = next((a for a in (*self.batch.args, *self.batch.kwargs.values()) if isinstance(a, Tensor)), None)
-        if x is None or not x.is_floating_point():
-            raise InputError(
-                f"an input of dtype {None if x is None else x.dtype}",
-                "a floating-point input",
-                "linearise from an embedding: attach with a layout",
-            )
-        return {"input": x}
-
-    def _record(self) -> Tensor:
-        tape = Tape(self.model.module, self._held)
-        out = self._through(tape, self._leaves)
-        self._tape = tape.entries
-        return out
+        self.Fx = self._network.push(values)
 
     def replay(self, blocks: dict[str, Float[Tensor, "n ..."]]) -> Float[Tensor, "n ..."]:
         """Return F v + r by running the network's own code on other inputs with the recorded decisions held.
@@ -130,69 +100,15 @@ class LinearScope(LinearMap):
         Raises:
             ControlFlowDivergedError: If the network makes other calls than at the reference.
         """
-        values = {name: value.detach().clone().requires_grad_() for name, value in blocks.items()}
-        return self._through(Tape(self.model.module, self._held, self._tape), values).detach()
-
-    def _through(self, tape: Tape, values: dict[str, Tensor]) -> Tensor:
-        n = next(iter(values.values())).shape[0]
-        with self._without_weight_gradients(), tape.running(), self._inputs_from(values):
-            # A copy of the leaf, so that a network that writes to its input in place may do so.
-            if self.batch.ids is not None:
-                kwargs = {
-                    k: v.expand(n, *v.shape[1:]) if isinstance(v, Tensor) else v for k, v in self.batch.kwargs.items()
-                }
-                out = self.model.module(**kwargs)
-            else:
-                swap = lambda v: values["input"].clone() if v is self._slot else v
-                out = self.model.module(
-                    *map(swap, self.batch.args), **{k: swap(v) for k, v in self.batch.kwargs.items()}
-                )
-            return self._select(out)
-
-    @property
-    def _slot(self) -> Tensor:
-        return next(a for a in (*self.batch.args, *self.batch.kwargs.values()) if isinstance(a, Tensor))
-
-    @contextmanager
-    def _without_weight_gradients(self):
-        flagged = [p for p in self.model.module.parameters() if p.requires_grad]
-        try:
-            for p in flagged:
-                p.requires_grad_(False)
-            yield
-        finally:
-            for p in flagged:
-                p.requires_grad_(True)
-
-    @contextmanager
-    def _inputs_from(self, values: dict[str, Tensor]):
-        """Replace the outputs of the embedding modules by the given values."""
-        with ExitStack() as stack:
-            if self.batch.ids is not None:
-                for name, path in _embedding_paths(self.model).items():
-                    give = lambda m, a, out, name=name: with_first(out, values[name].clone())
-                    stack.callback(child(self.model.module, path).register_forward_hook(give).remove)  # type: ignore[union-attr]
-            yield
+        return self._network.replay(blocks)
 
     def _block_map(self, name: str) -> LinearMap:
-        leaf, graph = self._leaves[name], self._graph
-        in_shape, out_shape = leaf.shape[1:], graph.shape[1:]
-
-        def pull(w: Tensor) -> Tensor:
-            if len(w) == 1:
-                return torch.autograd.grad(graph, leaf, w, retain_graph=True)[0]
-            grads = torch.autograd.grad(graph, leaf, w[:, None], retain_graph=True, is_grads_batched=True)[0]
-            return grads[:, 0]
-
-        def push(v: Tensor) -> Tensor:
-            # The adjoint is linear in w; differentiating it once more in direction v gives F v.
-            w = torch.zeros_like(graph, requires_grad=True)
-            adjoint = torch.autograd.grad(graph, leaf, w, create_graph=True)[0]
-            return torch.cat([torch.autograd.grad(adjoint, w, one[None], retain_graph=True)[0] for one in v])
-
+        value, network = self._network.values[name], self._network
         return LinearMap(
-            pull=pull, push=push, in_shape=in_shape, out_shape=out_shape, like=graph, linearization=self._held
-        )
+            push=lambda v: network.push({name: v}),
+            pull=lambda w: network.pull(name, w),
+            in_shape=value.shape[1:], out_shape=self.y.shape[1:], like=self.y, linearization=network.held,
+        )  # fmt: skip
 
     def _origin(self, origin: Tensor | None) -> Tensor:
         if origin is None:
@@ -222,10 +138,7 @@ class LinearScope(LinearMap):
             ArgumentError: If the target does not exist.
             CompletenessError: If votes and residual do not sum to the output.
         """
-        w = self.direction(target, position)
-        name = self._name(target)
-        if margin_to is not None:
-            w, name = w - self.direction(margin_to, position), f"{name} - {self._name(margin_to)}"
+        w, name = self._direction_and_name(target, margin_to, position)
         shift = {next(iter(self.blocks)): self.origin[0]}
         elements = {n: b.map.rmatvec(w) * (b.value[0] - shift.get(n, 0.0)) for n, b in self.blocks.items()}
         flat = torch.cat([e.flatten() for e in elements.values()]).double()
@@ -244,6 +157,12 @@ class LinearScope(LinearMap):
                 "the linearisation missed something in this network: scope.check() says more",
             )  # fmt: skip
         return votes
+
+    def _direction_and_name(self, target: Any, margin_to: Any, position: int) -> tuple[Tensor, str]:
+        w, name = self.direction(target, position), self._name(target)
+        if margin_to is None:
+            return w, name
+        return w - self.direction(margin_to, position), f"{name} - {self._name(margin_to)}"
 
     @property
     def tolerance(self) -> float:
@@ -303,11 +222,34 @@ class LinearScope(LinearMap):
             return self.model.labels[target]
         return str(target) if self.batch.ids is None else repr(target)
 
+    def bias_report(self, target: Any, margin_to: Any = None, *, position: int = -1) -> BiasReport:
+        """Return which call put what into r: r · w = Σ <G, c>, c a call's constant, G the gradient at its output.
+
+        Constants are biases, normalisation shifts, offsets of units, learned positions inside the network, and
+        whatever else is added to the live value. One replay and one backward pass.
+
+        Args:
+            target: As for `votes`.
+            margin_to: As for `votes`.
+            position: As for `votes`.
+
+        Raises:
+            CompletenessError: If the terms do not sum to r · w.
+        """
+        w, name = self._direction_and_name(target, margin_to, position)
+        report = report_biases(self._network.constants(w), float((w.double() * self.r[0].double()).sum()), name)
+        if report.completeness_error > self.tolerance:
+            raise CompletenessError(
+                f"constants sum to {report.total:.6g}, r is {report.residual:.6g} for {name}",
+                f"a relative difference below {self.tolerance:.0e}",
+            )
+        return report
+
     @property
     def units(self) -> Table:
         """Every decision that is held: module, call, mode and shape."""
         rows = []
-        for index, entry in enumerate(self._tape):
+        for index, entry in enumerate(self._network.entries):
             rows.append(
                 {
                     "call": index,
@@ -324,53 +266,39 @@ class LinearScope(LinearMap):
 
         The replay uses probes of ten times the input's norm: a live non-linearity shows only off the reference.
         """
-        made = torch.Generator().manual_seed(seed)
-        noise = lambda like: torch.randn(like.shape, generator=made, dtype=torch.float32).to(like)
-        scale = float(self.y.abs().max())
-        rows = [_row("completeness: F x + r = y", self.Fx + self.r - self.y, scale, self.tolerance)]
-        rows.append(_row("frozen network at the reference = y", self._graph.detach() - self.y, scale, self.tolerance))
+        made, size = torch.Generator().manual_seed(seed), float(self.y.abs().max())
+        gaps = [
+            ("completeness: F x + r = y", self.Fx + self.r - self.y, size),
+            ("frozen network at the reference = y", self._network.output.detach() - self.y, size),
+        ]
         for _ in range(probes):
-            vs = {n: 10 * noise(b.value) * b.value.norm() / noise(b.value).norm() for n, b in self.blocks.items()}
-            pushed = sum(b.map.matvec(vs[n][0])[None] for n, b in self.blocks.items())
-            rows.append(
-                _row(
-                    "linearity: replay at 10x = F v + r",
-                    self.replay(vs) - pushed - self.r,
-                    float(pushed.abs().max()),
-                    self.tolerance,
-                )
-            )
-            v, w = noise(self.x)[0], noise(self.y)[0]
-            fv, fw = self.matvec(v).double(), self.rmatvec(w).double()
-            gap = (fv * w.double()).sum() - (v.double() * fw).sum()
-            rows.append(
-                _row("adjoint: <F v, w> = <v, Fᵀ w>", gap, float(fv.norm() * w.double().norm()), self.tolerance)
-            )
-        return Table(rows, f"checks of LinearScope ({self._held.name})")
+            gaps += [self._replay_gap(made, size), self._adjoint_gap(made)]
+        return Table([_row(*gap, self.tolerance) for gap in gaps], f"checks of LinearScope ({self._network.held.name})")
+
+    def _replay_gap(self, made: torch.Generator, size: float) -> tuple[str, Tensor, float]:
+        probes = {}
+        for name, block in self.blocks.items():
+            noise = _noise(block.value, made)
+            probes[name] = 10 * noise * block.value.norm() / noise.norm()
+        pushed = sum((b.map.matvec(probes[n][0])[None] for n, b in self.blocks.items()), torch.zeros_like(self.y))
+        scale = max(float(pushed.abs().max()), size)
+        return "linearity: replay at 10x = F v + r", self.replay(probes) - pushed - self.r, scale
+
+    def _adjoint_gap(self, made: torch.Generator) -> tuple[str, Tensor, float]:
+        v, w = _noise(self.x, made)[0], _noise(self.y, made)[0]
+        pushed, pulled = self.matvec(v).double(), self.rmatvec(w).double()
+        gap = (pushed * w.double()).sum() - (v.double() * pulled).sum()
+        return "adjoint: <F v, w> = <v, Fᵀ w>", gap, float(pushed.norm() * w.double().norm())
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{n} {list(b.value.shape[1:])}" for n, b in self.blocks.items())
-        return f"LinearScope({inputs} -> {list(self.y.shape[1:])}, {self._held.name})"
+        return f"LinearScope({inputs} -> {list(self.y.shape[1:])}, {self._network.held.name})"
+
+
+def _noise(like: Tensor, made: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=made, dtype=torch.float32).to(like)
 
 
 def _row(name: str, gap: Tensor, scale: float, tolerance: float) -> dict[str, Any]:
     error = float(gap.abs().max()) / max(scale, 1e-30)
     return {"check": name, "error": error, "tolerance": tolerance, "holds": error <= tolerance}
-
-
-def _embedding_paths(model: Model) -> dict[str, str]:
-    """Paths of the embedding modules by block name."""
-    layout = model.layout
-    if layout is None:
-        raise InputError("token ids to a model without a layout", "a layout", "attach with layout=interp.Layout(...)")
-    paths = {"hook_embed": layout.embed, "hook_pos_embed": layout.pos_embed, "hook_type_embed": layout.type_embed}
-    return {name: path for name, path in paths.items() if path is not None}
-
-
-@torch.no_grad()
-def _embeddings(model: Model, batch: Batch) -> dict[str, Tensor]:
-    """What each embedding module gives for a batch, with a batch axis of one."""
-    paths = _embedding_paths(model)
-    sites = {name: f"{path}:out" for name, path in paths.items()}
-    acts = model.capture(batch, list(sites.values()))
-    return {name: first_tensor(acts[site.removesuffix(":out")]) for name, site in sites.items()}

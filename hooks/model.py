@@ -3,7 +3,8 @@
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from interp.hooks.activations import Activations
 from interp.hooks.bindings import Binding, Bindings
 from interp.hooks.errors import InputError, SiteError, SiteUnavailableError
 from interp.hooks.inputs import Batch, Reader
-from interp.hooks.interventions import Intervention
+from interp.hooks.interventions import PlanLike
 from interp.hooks.layouts import Layout, child
 from interp.hooks.plans import Probe, resolve_plan
 from interp.hooks.session import Read, Session
@@ -38,10 +39,10 @@ class Model:
     def __init__(
         self,
         module: nn.Module,
-        tokenizer=None,
+        tokenizer: Any = None,
         layout: Layout | None = None,
         *,
-        preprocess=None,
+        preprocess: Any = None,
         labels=None,
         identity=None,
     ):
@@ -50,6 +51,7 @@ class Model:
         self.identity = dict(identity or {"source": "attached", "class": type(module).__name__})
         self.bindings = Bindings(module, layout) if layout else None
         self.reader = self._reader()
+        self._once: set[str] = set()  # modules that were seen to run once in a whole forward call
 
     @property
     def family(self) -> str:
@@ -190,7 +192,7 @@ class Model:
             return ""
         if self.layout.parallel and address.endswith("hook_resid_mid"):
             return "a sequential block; here attention and MLP both read the block's input"
-        if self.layout.mlp_down is None and ".mlp.hook_" in address:
+        if self.layout.experts and ".mlp.hook_" in address:
             return (
                 "a dense MLP; here each token is sent to experts, and only mlp.hook_out and hook_mlp_out are one tensor"
             )
@@ -220,17 +222,17 @@ class Model:
 
     def batch(self, inputs, padding_side: str | None = None) -> Batch:
         """Return inputs in the form that the model's forward takes, padded, with their mask."""
-        return self.reader.read(inputs, padding_side)
+        reader = replace(self.reader, device=self.device, dtype=self.dtype)  # the module may have moved since
+        return reader.read(inputs, padding_side)
 
     def forward(self, batch: Batch) -> Any:
         """Call the module on a batch and return what it returns."""
+        guards.refuse_compiled(self.module)
         guards.refuse_training(self.module)
         return self.module(*batch.args, **batch.kwargs)
 
     @torch.no_grad()
-    def run(
-        self, inputs, *, plan: Sequence[Intervention] = (), padding_side: str | None = None
-    ) -> Float[Tensor, "batch ..."]:
+    def run(self, inputs, *, plan: PlanLike = (), padding_side: str | None = None) -> Float[Tensor, "batch ..."]:
         """Return the model's main output (logits, where it has them) under a plan of interventions.
 
         At padded positions the values are whatever the model computes there.
@@ -251,17 +253,19 @@ class Model:
             0.0
         """
         batch = self.batch(inputs, padding_side)
-        edits = resolve_plan(self, batch, plan)
-        with Session(self.module, [], edits):
-            return main_tensor(self.forward(batch))
+        edits, output = resolve_plan(self, batch, plan), None
+        with Session(self.module, [], edits, size=batch.size):
+            output = self.forward(batch)
+        return main_tensor(output)
 
     def capture(
-        self, inputs, sites: SiteLike | Iterable[SiteLike], positions=None, *, plan: Sequence[Intervention] = (),
+        self, inputs, sites: SiteLike | Iterable[SiteLike], positions=None, *, plan: PlanLike = (),
         gradient_of: Callable[[Tensor], Tensor] | None = None, padding_side: str | None = None,
     ) -> Activations:  # fmt: skip
         """Return activations at sites during one run: a mapping from site to Tensor[batch, pos, ...].
 
-        The forward call stops as soon as everything has been read.
+        The forward call stops as soon as everything has been read (module paths: from their second capture on, the
+        first having shown that the module runs once).
 
         Args:
             inputs: As for `run`.
@@ -289,11 +293,14 @@ class Model:
         probes = [Probe(r.site) for r in reads] if gradient_of else []
         edits += [probe.edit(read) for probe, read in zip(probes, reads, strict=bool(gradient_of))] if probes else []
         with torch.set_grad_enabled(gradient_of is not None):
-            session = Session(self.module, reads, edits, stop=gradient_of is None and not self._offloaded)
+            free = {r.binding.module for r in reads if r.binding.where.startswith("raw")}
+            stop = gradient_of is None and not self._offloaded and free <= self._once
+            session = Session(self.module, reads, edits, stop=stop, size=batch.size)
             output = None
             with session:
                 output = self.forward(batch)
             gradients = _gradients(gradient_of, output, reads, probes) if gradient_of else None
+        self._once |= free
         ordered = {r.site: session.values[r.site] for r in reads}
         axes = {r.site: r.binding.axes for r in reads}
         return Activations(ordered, batch, axes, {r.site: r.where for r in reads}, gradients)
@@ -326,7 +333,7 @@ class Model:
 
         return token_table(self, text, chat)
 
-    def generate(self, inputs, *, max_new_tokens: int = 20, plan: Sequence[Intervention] = (), capture=(), **options):
+    def generate(self, inputs, *, max_new_tokens: int = 20, plan: PlanLike = (), capture=(), **options):
         """Return text that the model writes under a plan, with activations of every token it read.
 
         See `interp.hooks.generation.generate` for the options.

@@ -1,6 +1,5 @@
 """Plans: interventions resolved against one model and one batch, before any work."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +9,7 @@ from interp.hooks.activations import Activations
 from interp.hooks.bindings import Binding
 from interp.hooks.errors import InterventionError
 from interp.hooks.inputs import Batch
-from interp.hooks.interventions import Intervention, Mean, Patch
+from interp.hooks.interventions import Intervention, Mean, Patch, PlanLike
 from interp.hooks.session import Edit, Read, Selection
 from interp.hooks.site import Site
 
@@ -38,7 +37,7 @@ class Probe(Intervention):
         return Edit(self, read.site, read.binding, read.where)
 
 
-def resolve_plan(model: "Model", batch: Batch, plan: Sequence[Intervention]) -> list[Edit]:
+def resolve_plan(model: "Model", batch: Batch, plan: PlanLike) -> list[Edit]:
     """Return edits: sites found, heads and positions checked, sources of patches and means read.
 
     Raises:
@@ -107,11 +106,11 @@ def _patch_source(
     source = step.source
     if isinstance(source, Tensor) and source.is_floating_point() and not _is_model_input(model, source):
         return source
-    if not isinstance(source, Activations):
+    if isinstance(source, Activations):
+        value = _from_captured(model, source, from_site, from_binding, wanted)
+    else:
         source = model.capture(source, from_site, positions=wanted)
-        wanted = None if wanted is None else "captured"
-    value = source[from_site]
-    value = _select_from(source, value, from_site, from_binding, wanted, model)
+        value = source[from_site]
     _check_lengths(batch, source, site, from_binding, wanted)
     return value
 
@@ -120,13 +119,27 @@ def _is_model_input(model, source: Tensor) -> bool:
     return model.reader.kind == "image" and source.ndim == 4
 
 
-def _select_from(source: Activations, value: Tensor, site: Site, binding: Binding, wanted: Any, model) -> Tensor:
-    captured = source.where.get(str(site)) is not None or any(
-        w is not None for k, w in source.where.items() if Site.parse(k).whole == site.whole
-    )
-    where = None if wanted is None or captured else model.where(source.batch, binding, wanted)
-    taken = Site.parse(next(k for k in source if source[k] is value)).head
-    return Selection(binding, site.head if taken is None else None, where).get(value)
+def _from_captured(model, source: Activations, site: Site, binding: Binding, wanted: Any) -> Tensor:
+    """A user's capture, narrowed to the step's heads and positions, which it may hold among others."""
+    same = [key for key in source if (one := Site.parse(key)).whole == site.whole and _covers(one.head, site.head)]
+    if not same:
+        raise InterventionError(f"{site} was not captured", f"one of {', '.join(list(source)[:5])}")
+    key = same[0]
+    held, where = Site.parse(key).head, source.where[key]
+    heads = site.head if held is None or site.head is None else tuple(map(held.index, site.head))
+    columns = None if wanted is None else model.where(source.batch, binding, wanted)
+    if where is not None:
+        if columns is None:
+            raise InterventionError(f"{key} was captured at some positions only", "positions= (and from_positions=)")
+        found = where[:, None, :] == columns[:, :, None]
+        if not found.any(-1).all():
+            raise InterventionError(f"{key} was not captured at positions {wanted}", "positions that were captured")
+        columns = found.int().argmax(-1)
+    return Selection(binding, heads, columns).get(source[key])
+
+
+def _covers(held: tuple[int, ...] | None, wanted: tuple[int, ...] | None) -> bool:
+    return held is None or (wanted is not None and set(wanted) <= set(held))
 
 
 def _check_lengths(batch: Batch, source: Activations, site: Site, binding: Binding, wanted: Any) -> None:

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from interp.hooks import calls
 from interp.hooks.errors import BilinearOpError, LinearizationError, TrainModeError, UnsupportedOpError
-from interp.hooks.tape import Call, Tags, Tape
-from interp.hooks.units import UNITS, chord
+from interp.hooks.tape import ACTIVATED, DIVISOR, PENDING, Call, Tags, Tape
+from interp.hooks.units import UNITS, chord, line
 
 Rule = Callable[[Tape, Call], Any]
-PENDING, ACTIVATED, DIVISOR = "pending", "activated", "divisor"
 
 
 def tangent(tape: Tape, call: Call) -> Any:
@@ -25,19 +24,20 @@ def tangent(tape: Tape, call: Call) -> Any:
     points = tape.decide(call, "tangent", lambda: [t.detach().clone() for t in call.live])
     if not tape.replaying:
         return call.run()
-    moved = calls.expand_affinely(call.func, call.args, call.kwargs, points)
+    moved = calls.expand(call.func, call.args, call.kwargs, points, tape.homogeneous)
     return call.write(moved) if isinstance(moved, Tensor) else moved
 
 
 def held(tape: Tape, call: Call) -> Any:
     """A constant: the call's value at the reference."""
+    call.held, call.is_constant = call.live, True
     return tape.decide(call, "constant", lambda: _detached(call.run()))
 
 
 def linear(tape: Tape, call: Call) -> Any:
     """The call as it is; marks pass through."""
     tags = Tags.of(call.live)
-    out = call.run()
+    out = calls.without_constants(call.func, call.args, call.kwargs) if tape.homogeneous else call.run()
     if call.name not in calls.RESHAPES and len(call.live) > 1:
         tags.pop(ACTIVATED, None)
     return Tags.put(out, tags)
@@ -53,11 +53,16 @@ def dropout(tape: Tape, call: Call) -> Any:
 
 def batch_norm(tape: Tape, call: Call) -> Any:
     """An affine constant with running statistics; refused with batch statistics."""
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training")
-    bound = _bound(call, names, {"training": False, "running_mean": None})
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    bound = _bound(call, names, {"training": False, "running_mean": None, "weight": None, "eps": 1e-5})
     if bound["training"] or bound["running_mean"] is None:
         raise TrainModeError(f"{call} uses batch statistics", "running statistics", "call model.eval()")
-    return linear(tape, call)
+    if not tape.homogeneous:
+        return linear(tape, call)
+    shape = (1, -1, *[1] * (bound["input"].ndim - 2))
+    scale = torch.rsqrt(bound["running_var"] + bound["eps"])
+    gain = scale if bound["weight"] is None else scale * bound["weight"]
+    return Tags.put(bound["input"] * gain.reshape(shape), {})
 
 
 def contraction(tape: Tape, call: Call) -> Any:
@@ -66,15 +71,27 @@ def contraction(tape: Tape, call: Call) -> Any:
         if tape.linearization.attention == "tangent":
             return tangent(tape, call)
         return Tags.put(call.run(), {PENDING: str(call)})
-    tags = Tags.of(call.live)
-    return Tags.put(call.run(), {PENDING: tags[PENDING]} if PENDING in tags else {})
+    return Tags.put(_without_bias(call) if tape.homogeneous else call.run(), {})
+
+
+def _without_bias(call: Call) -> Any:
+    """A layer or product with one live factor, without the constant that it adds."""
+    args, kwargs = call.args, call.kwargs
+    if call.name == "linear" or call.name.startswith("conv"):
+        args = (*args[:2], None, *args[3:]) if len(args) > 2 else args
+        kwargs = {k: v for k, v in kwargs.items() if k != "bias"}
+    if call.name in ("addmm", "baddbmm", "addbmm", "addmv", "addr"):
+        if calls.is_live(args[0]):
+            return calls.without_constants(call.func, args, kwargs)
+        args = (torch.zeros_like(args[0]), *args[1:])
+    return call.func(*args, **kwargs)
 
 
 def product(tape: Tape, call: Call) -> Any:
     """a ⊙ b: linear with one live factor; of two, by the product mode (gate, split or tangent)."""
     if len(call.live) < 2:
-        return linear(tape, call)
-    a, b = call.args[0], call.args[1]
+        return Tags.put(call.run(), Tags.of(call.live))
+    a, b = _two(call)
     tags = [Tags.of([a]), Tags.of([b])]
     mode = tape.linearization.product
     if a is b:
@@ -92,7 +109,8 @@ def product(tape: Tape, call: Call) -> Any:
             "a product with one gate",
             "choose product='split' or product='tangent'",
         )
-    gate = tape.decide(call, "gate", lambda: (a if gates[0] else b).detach().clone())
+    call.held = [a if gates[0] else b]
+    gate = tape.decide(call, "gate", lambda: call.held[0].detach().clone())
     return Tags.put(call.write(gate * b if gates[0] else a * gate), {})
 
 
@@ -104,20 +122,21 @@ def _split(tape: Tape, call: Call, a: Tensor, b: Tensor) -> Tensor:
 def quotient(tape: Tape, call: Call) -> Any:
     """a / b: linear in a; a live divisor is held, or differentiated where norms are."""
     reverse = call.name.startswith("r")
-    top, bottom = (call.args[1], call.args[0]) if reverse else (call.args[0], call.args[1])
+    top, bottom = reversed(_two(call)) if reverse else _two(call)
     if not calls.is_live(bottom):
-        return linear(tape, call)
+        return Tags.put(call.run(), Tags.of(call.live))
     if tape.linearization.norm == "tangent":
         return tangent(tape, call)
     if call.kwargs.get("rounding_mode") is not None:
         raise UnsupportedOpError(f"{call} rounds", "a smooth quotient")
+    call.held = [bottom]
     divisor = tape.decide(call, "constant", lambda: bottom.detach().clone())
-    return call.write(top / divisor)
+    return Tags.put(call.write(top / divisor), {})
 
 
 def square(tape: Tape, call: Call) -> Any:
     """z^n: differentiated where norms are; else not affine until a divisor or gate that holds it."""
-    exponent = call.args[1] if len(call.args) > 1 else call.kwargs.get("exponent", 2)
+    exponent = _bound(call, ("input", "exponent"), {"exponent": 2})["exponent"]
     if isinstance(exponent, (int, float)) and exponent < 1:
         return divisor(tape, call)
     if tape.linearization.norm == "tangent":
@@ -147,7 +166,7 @@ def layer_norm(tape: Tape, call: Call) -> Any:
     v, dims = bound["input"], tuple(range(-len(bound["normalized_shape"]), 0))
     centre = v - v.mean(dims, keepdim=True)
     scale = tape.decide(call, "frozen", lambda: (centre.detach().pow(2).mean(dims, keepdim=True) + bound["eps"]).sqrt())
-    return _affine(centre / scale, bound["weight"], bound["bias"])
+    return _affine(tape, centre / scale, bound["weight"], bound["bias"])
 
 
 def rms_norm(tape: Tape, call: Call) -> Any:
@@ -158,7 +177,7 @@ def rms_norm(tape: Tape, call: Call) -> Any:
     v, dims = bound["input"], tuple(range(-len(bound["normalized_shape"]), 0))
     eps = torch.finfo(v.dtype).eps if bound["eps"] is None else bound["eps"]
     scale = tape.decide(call, "frozen", lambda: (v.detach().pow(2).mean(dims, keepdim=True) + eps).sqrt())
-    return _affine(v / scale, bound["weight"], None)
+    return _affine(tape, v / scale, bound["weight"], None)
 
 
 def group_norm(tape: Tape, call: Call) -> Any:
@@ -172,7 +191,7 @@ def group_norm(tape: Tape, call: Call) -> Any:
     scale = tape.decide(call, "frozen", lambda: (centre.detach().pow(2).mean(-1, keepdim=True) + bound["eps"]).sqrt())
     shape = (1, -1, *[1] * (v.ndim - 2))
     gain, bias = (None if t is None else t.reshape(shape) for t in (bound["weight"], bound["bias"]))
-    return _affine((centre / scale).reshape(v.shape), gain, bias)
+    return _affine(tape, (centre / scale).reshape(v.shape), gain, bias)
 
 
 def unit(tape: Tape, call: Call) -> Any:
@@ -185,15 +204,20 @@ def unit(tape: Tape, call: Call) -> Any:
     if PENDING in tags:
         return Tags.put(call.run(), {PENDING: tags[PENDING], ACTIVATED: str(call)})
     if mode == "tangent":
-        out = tangent(tape, call)
+        slope, offset = tape.decide(call, "tangent", lambda: line(_plain(call), z.detach(), args, rest))
+        out = slope * z if tape.homogeneous else slope * z + offset
+        if not tape.replaying:
+            # To the bit what the network computes, with a derivative that can itself be differentiated.
+            out = _plain(call)(z.detach(), *args, **rest) + slope * (z - z.detach())
+        out = call.write(out)
     elif mode == "constant":
         return held(tape, call)
     elif mode == "gain" and found.gain is not None:
         coefficient = tape.decide(call, "gain", lambda: found.gain(z.detach(), *args, **rest))  # type: ignore[misc]
         out = call.write(coefficient * z)
-    elif mode in ("gain", "chord"):
+    else:
         slope, offset = tape.decide(call, "chord", lambda: chord(_plain(call), z.detach(), args, rest))
-        out = call.write(slope * z + offset)
+        out = call.write(slope * z if tape.homogeneous else slope * z + offset)
     return Tags.put(out, {ACTIVATED: str(call)})
 
 
@@ -235,9 +259,15 @@ def finish(output: Tensor) -> Tensor:
     return output
 
 
-def _affine(value: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
+def _two(call: Call) -> tuple[Any, Any]:
+    """The two operands, however they were passed."""
+    bound = _bound(call, ("input", "other"), {})
+    return bound["input"], bound["other"]
+
+
+def _affine(tape: Tape, value: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
     value = value if gain is None else value * gain
-    return value if bias is None else value + bias
+    return value if bias is None or tape.homogeneous else value + bias
 
 
 def _bound(call: Call, names: tuple[str, ...], defaults: dict[str, Any]) -> dict[str, Any]:

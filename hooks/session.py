@@ -14,7 +14,9 @@ from interp.hooks.errors import InterventionError, InterventionNotAppliedError, 
 from interp.hooks.interventions import Context, Intervention, Patch
 from interp.hooks.layouts import child
 from interp.hooks.site import Site
-from interp.hooks.views import cast, first_tensor, with_first
+from interp.hooks.views import Given, cast, first_tensor, with_first
+
+_ONCE = ("hook_pos_embed", "hook_type_embed")
 
 
 class _Stop(Exception):
@@ -53,11 +55,7 @@ class Selection:
 
     def _front(self, full: Tensor) -> tuple[Tensor, tuple[Any, ...] | None]:
         """The tensor with axes moved to [batch, (pos), (head), ...], and the index of the selected part."""
-        axes = [
-            a
-            for a, used in ((self.binding.pos_axis, self.where), (self.binding.head_axis, self.heads))
-            if used is not None
-        ]
+        axes = self._axes()
         if not axes:
             return full, None
         moved = full.movedim(axes, list(range(1, 1 + len(axes))))
@@ -80,16 +78,15 @@ class Selection:
         full = full.clone()
         moved, index = self._front(full)
         if index is None:
-            return cast(new, full)
+            # Copied in, never handed on: the model may write to its own tensors, but not to the user's.
+            return full.copy_(cast(new, full))
         moved[index] = cast(self._to_front(new), full)
         return full
 
     def _axes(self) -> list[int]:
-        return [
-            a
-            for a, used in ((self.binding.pos_axis, self.where), (self.binding.head_axis, self.heads))
-            if used is not None
-        ]  # type: ignore[misc]
+        """The axes along which a part is selected: positions, then heads."""
+        found = ((self.binding.pos_axis, self.where), (self.binding.head_axis, self.heads))
+        return [axis for axis, used in found if used is not None and axis is not None]
 
     def _back(self, part: Tensor) -> Tensor:
         axes = self._axes()
@@ -110,14 +107,15 @@ class Session(AbstractContextManager):
         stop: Stop the forward once everything is read.
         keep_graph: Keep autograd graphs in what is read.
         on_read: Called with each value read, instead of keeping it (for runs of several forwards).
+        size: Number of examples, so that position embeddings, which models compute once for all, have a row for each.
     """
 
     def __init__(
         self, module: nn.Module, reads: Sequence[Read], edits: Sequence[Edit] = (), *, stop: bool = False,
-        keep_graph: bool = False, on_read: Callable[[Site, Tensor], None] | None = None,
+        keep_graph: bool = False, on_read: Callable[[Site, Tensor], None] | None = None, size: int | None = None,
     ):  # fmt: skip
         self.module, self.reads, self.edits = module, reads, edits
-        self.stop, self.keep_graph, self.on_read = stop, keep_graph, on_read
+        self.stop, self.keep_graph, self.on_read, self.size = stop, keep_graph, on_read, size
         self.values: dict[Site, Tensor] = {}
         self.applied: set[int] = set()
         self.active, self.paused = True, False
@@ -207,13 +205,15 @@ class Session(AbstractContextManager):
                 new = self._visit(path, where, output, None)
                 return None if new is output else new
             value, rebuild = _main(output, path)
+            if self.size and value.shape[0] == 1 and any(b.address in _ONCE for b in self._taps[path, where]):
+                value = value.expand(self.size, *value.shape[1:])
             given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
-            new = self._visit(path, "out", value, given)
+            new = self._visit(path, "out", value, None if given is None else Given(given))
             return None if new is value else rebuild(new)
 
         return hook
 
-    def _visit(self, path: str, where: str, base: Any, given: Tensor | None) -> Any:
+    def _visit(self, path: str, where: str, base: Any, given: Given | None) -> Any:
         """Apply edits and take reads at one tap; return the base, replaced if an edit was made."""
         if not self.active or self.paused:
             return base
@@ -232,7 +232,13 @@ class Session(AbstractContextManager):
                 if read.binding == binding:
                     value = binding.view.get(base, given)
                     self._take(read, Selection(binding, read.site.head, read.where).get(value))
-        if self.stop and len(self.values) == len(self.reads) and len(self.applied) == len(self.edits):
+        # Of several products in front of a softmax the last counts, so the first is no place to stop.
+        if (
+            self.stop
+            and where not in ("rot_q", "rot_k")
+            and len(self.values) == len(self.reads)
+            and len(self.applied) == len(self.edits)
+        ):
             raise _Stop
         return base
 
@@ -247,10 +253,16 @@ class Session(AbstractContextManager):
         value = value.clone() if self.keep_graph else value.detach().clone(memory_format=torch.contiguous_format)
         if self.on_read is not None:
             self.on_read(read.site, value)
+        elif read.site in self.values and read.binding.where not in ATTENTION_TAPS:
+            raise SiteError(
+                f"{read.site} runs more than once in one forward call",
+                "a module that runs once",
+                "name a neighbour that does, for example the module in front of a shared activation",
+            )
         else:
             self.values[read.site] = value
 
-    def _apply(self, index: int, edit: Edit, base: Any, given: Tensor | None) -> Any:
+    def _apply(self, index: int, edit: Edit, base: Any, given: Given | None) -> Any:
         full = edit.binding.view.get(base, given)
         if not isinstance(full, Tensor):
             raise SiteError(f"{edit.site} gives a {type(full).__name__}", "a tensor", "add a selector")

@@ -1,8 +1,8 @@
 """Site: the address of one activation."""
 
 import re
-from dataclasses import dataclass, replace
-from typing import Literal, Union
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Union
 
 from interp.hooks.errors import SiteError
 
@@ -53,9 +53,13 @@ class Site:
                 object.__setattr__(self, name, (value,))
             elif isinstance(value, (list, range)):
                 object.__setattr__(self, name, tuple(value))
-        match = _PATTERN.fullmatch(str(self))
-        if match is None or match["address"] != self.address:
-            raise SiteError(f"site {str(self)!r} does not parse", f"the form {_GRAMMAR}")
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        try:
+            match = _PATTERN.fullmatch(str(self))
+        except TypeError:
+            match = None
+        if match is None or _read(match) != values:
+            raise SiteError(f"site fields {values} do not print to a site's text", f"the form {_GRAMMAR}")
 
     @classmethod
     def parse(cls, text: SiteLike) -> "Site":
@@ -73,15 +77,7 @@ class Site:
                 f"the form {_GRAMMAR}",
                 "for example 'blocks.6.attn.hook_z#3@5'",
             )
-        keys = re.findall(r"\[([^\[\]]+)\]", match["selector"])
-        positions = match["positions"]
-        return cls(
-            address=match["address"],
-            io="in" if match["io"] == "in" else "out",
-            selector=tuple(int(k) if k.lstrip("-").isdigit() else k for k in keys),
-            head=_ints(match["head"]),
-            positions="last" if positions == "last" else _ints(positions),
-        )
+        return cls(**_read(match))
 
     def at(self, *, head=None, positions=None) -> "Site":
         """Return this site narrowed to heads and positions that it does not name yet."""
@@ -112,6 +108,18 @@ class Site:
 
     def __repr__(self) -> str:
         return f"Site({str(self)!r})"
+
+
+def _read(match: re.Match[str]) -> dict[str, Any]:
+    """The fields that a matched text stands for."""
+    keys, positions = re.findall(r"\[([^\[\]]+)\]", match["selector"]), match["positions"]
+    return {
+        "address": match["address"],
+        "io": "in" if match["io"] == "in" else "out",
+        "selector": tuple(int(k) if re.fullmatch(r"-?\d+", k) else k for k in keys),
+        "head": _ints(match["head"]),
+        "positions": "last" if positions == "last" else _ints(positions),
+    }
 
 
 def _ints(text: str | None) -> tuple[int, ...] | None:

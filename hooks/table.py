@@ -3,7 +3,7 @@
 import html
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 from interp.hooks.errors import MissingExtraError
 
@@ -21,6 +21,12 @@ class Table(Sequence[dict[str, Any]]):
     def __init__(self, rows: Sequence[Mapping[str, Any]], title: str = ""):
         self._rows = [dict(row) for row in rows]
         self.title = title
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Table": ...
 
     def __getitem__(self, index):
         return Table(self._rows[index], self.title) if isinstance(index, slice) else self._rows[index]

@@ -7,13 +7,14 @@ holds the recorded decisions and gives F v + r for any other input v.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from interp.hooks import calls
 from interp.hooks.errors import ControlFlowDivergedError, ControlFlowError, UnsupportedOpError
@@ -32,6 +33,16 @@ class Entry:
 
 
 @dataclass
+class Constant:
+    """What one call added to the live value: where, its value, and a zero leaf at its output."""
+
+    path: str
+    op: str
+    value: Tensor
+    leaf: Tensor
+
+
+@dataclass
 class Call:
     """One call on live values."""
 
@@ -40,6 +51,8 @@ class Call:
     args: tuple
     kwargs: dict[str, Any]
     path: str
+    held: list[Tensor] = field(default_factory=list)
+    is_constant: bool = False
 
     @property
     def live(self) -> list[Tensor]:
@@ -53,7 +66,7 @@ class Call:
     def write(self, new: Tensor) -> Tensor:
         """Give back a replaced result; into the first argument where the network's call would write there."""
         if calls.in_place(self.func, self.kwargs):
-            return self.args[0].copy_(new)
+            return (self.args[0] if self.args else self.kwargs["input"]).copy_(new)
         return new
 
     def __str__(self) -> str:
@@ -61,8 +74,15 @@ class Call:
         return f"{self.name}({shapes}) in {self.path or 'the model'}"
 
 
+PENDING, ACTIVATED, DIVISOR = "pending", "activated", "divisor"
+
+
 class Tags:
-    """Marks on live tensors: where a value that is not affine yet, or an activation's output, came from."""
+    """Marks on live tensors: name -> the call that made it.
+
+    PENDING: not affine in the input, so that something must hold it before the output. ACTIVATED: an activation's
+    output, the factor that a gated product holds. DIVISOR: a norm's divisor that is differentiated.
+    """
 
     @staticmethod
     def of(tensors: list[Tensor]) -> dict[str, str]:
@@ -74,10 +94,9 @@ class Tags:
 
     @staticmethod
     def put(value: Any, tags: dict[str, str]) -> Any:
-        """Mark all live tensors in a value (and forget older marks)."""
+        """Mark the tensors in a value (and forget older marks)."""
         for t in calls.tensors(value):
-            if t.requires_grad:
-                t._interp_tags = dict(tags)  # type: ignore[attr-defined]
+            t._interp_tags = dict(tags)  # type: ignore[attr-defined]
         return value
 
 
@@ -88,10 +107,21 @@ class Tape(TorchFunctionMode):
         module: The network; names its parts in messages.
         linearization: What is held.
         entries: Decisions to replay; None to record.
+        homogeneous: Replay the linear part alone, F v: every constant is dropped where it would enter. Such a replay
+            needs no gradients and keeps no activations; live values are marked instead.
+        constants: A list that an affine replay fills with each call's constant.
     """
 
-    def __init__(self, module: nn.Module, linearization: Linearization, entries: list[Entry] | None = None):
+    def __init__(
+        self,
+        module: nn.Module,
+        linearization: Linearization,
+        entries: list[Entry] | None = None,
+        homogeneous: bool = False,
+        constants: list[Constant] | None = None,
+    ):
         super().__init__()
+        self.homogeneous, self.constants = homogeneous, constants
         self.linearization = linearization
         self.replaying = entries is not None
         self.entries: list[Entry] = entries if entries is not None else []
@@ -149,7 +179,7 @@ class Tape(TorchFunctionMode):
 
             stack.callback(module_hooks.register_module_forward_pre_hook(before).remove)
             stack.callback(module_hooks.register_module_forward_hook(after, always_call=True).remove)
-            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.set_grad_enabled(not self.homogeneous))
             stack.enter_context(self)
             yield self
 
@@ -164,7 +194,7 @@ class Tape(TorchFunctionMode):
         call = Call(func, name, args, kwargs, self.path)
         if name in calls.CONTROL_FLOW or calls.raw_name(func) in calls.CONTROL_FLOW:
             raise ControlFlowError(f"{call} reads a live value", "control flow that does not depend on the input")
-        if name in calls.DETACHING or not torch.is_grad_enabled():
+        if name in calls.DETACHING or not (torch.is_grad_enabled() or self.homogeneous):
             raise UnsupportedOpError(
                 f"{call} cuts a live value off",
                 "a forward that keeps it",
@@ -182,4 +212,53 @@ class Tape(TorchFunctionMode):
                 "a linear call, a known unit or a product",
                 "replace the call, or linearise between sites that do not contain it",
             )
-        return rule(self, call)
+        return self._apply(rule, call)
+
+    def _apply(self, rule: Callable[["Tape", Call], Any], call: Call) -> Any:
+        pending = [t for t in call.live if PENDING in Tags.of([t])]
+        added = self._constant_of(rule, call) if self.constants is not None and not pending else None
+        out = rule(self, call)
+        unheld = [t for t in pending if not any(t is h for h in call.held)]
+        if unheld:
+            Tags.put(out, Tags.of(calls.tensors(out)) | {PENDING: Tags.of(unheld)[PENDING]})
+        if self.homogeneous and not call.is_constant:
+            calls.mark_live(call.args[0] if out is None else out)
+        if added is not None and not call.is_constant:
+            self._note(added, call, out)
+        return out
+
+    def _constant_of(self, rule: Callable[["Tape", Call], Any], call: Call) -> Any:
+        """The call's result for zero live arguments: what it adds. The same decisions are read again afterwards."""
+        first = self._next
+        here = {id(t): Tags.put(torch.zeros_like(t).requires_grad_().clone(), Tags.of([t])) for t in call.live}
+        swap = lambda v: here.get(id(v), v)
+        args = tuple(tree_map(swap, call.args))
+        if calls.in_place(call.func, call.kwargs) and not calls.is_live(args[0]):
+            args = (args[0].clone(), *args[1:])
+        zero = Call(call.func, call.name, args, tree_map(swap, call.kwargs), call.path)
+        out = rule(self, zero)
+        self._next = first
+        return args[0] if out is None else out
+
+    def _note(self, added: Any, call: Call, out: Any) -> None:
+        """Put a zero leaf on each output to which something was added."""
+        targets = calls.tensors(call.args[0] if out is None else out)
+        for value, target in zip(calls.tensors(added), targets, strict=True):
+            if value.is_floating_point() and calls.is_live(target) and bool(value.detach().any()):
+                leaf = torch.zeros_like(target, requires_grad=True)
+                target.add_(leaf)
+                self.constants.append(Constant(call.path, call.name, value.detach(), leaf))  # type: ignore[union-attr]
+
+    def check_finished(self) -> None:
+        """Raise if a replay made fewer calls than the recording.
+
+        Raises:
+            ControlFlowDivergedError: Naming the call that was not made.
+        """
+        if self.replaying and self._next != len(self.entries):
+            entry = self.entries[self._next]
+            raise ControlFlowDivergedError(
+                f"a replay that ended before {entry.op} in {entry.path}",
+                "the calls of the reference",
+                "the network's control flow depends on its input",
+            )

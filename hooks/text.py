@@ -51,8 +51,8 @@ def token_id(model: "Model", token: str | int) -> int:
 
     Example:
         >>> import interp
-        >>> model = interp.load("smollm2-135m")  # doctest: +SKIP
-        >>> token_id(model, " Mary")  # doctest: +SKIP
+        >>> model = interp.load("smollm2-135m")
+        >>> token_id(model, " Mary")
         5099
     """
     vocab = model.reader.vocab
@@ -66,10 +66,10 @@ def token_id(model: "Model", token: str | int) -> int:
         raise TokenError(f"token {token!r}", "a tokenizer", "give the token's id")
     ids = model.tokenizer.encode(token, add_special_tokens=False)
     if len(ids) != 1:
+        spaced = model.tokenizer.encode(f" {token}", add_special_tokens=False)
+        hint = f"{' ' + token!r} (with a leading space) is one; or " if len(spaced) == 1 else ""
         raise TokenError(
-            f"token {token!r} encodes to {len(ids)} ids {ids}",
-            "exactly one",
-            "give an id, another word, or a list of the parts",
+            f"token {token!r} encodes to {len(ids)} ids {ids}", "exactly one", f"{hint}give an id or another word"
         )
     if not token.startswith(" "):
         spaced = model.tokenizer.encode(f" {token}", add_special_tokens=False)

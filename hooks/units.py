@@ -69,16 +69,25 @@ UNITS: dict[str, Unit] = {
     "celu": Unit(gain=_ratio(F.celu)),
     "selu": Unit(gain=_ratio(F.selu)),
     "tanhshrink": Unit(gain=_ratio(F.tanhshrink)),
-    "logsigmoid": _GATE,
+    "log_sigmoid": _GATE,
     "erf": Unit(gain=_ratio(torch.erf)),
     "sin": Unit(gain=_ratio(torch.sin)),
     "asinh": Unit(gain=_ratio(torch.asinh)),
     "arctan": Unit(gain=_ratio(torch.atan)),
     "atan": Unit(gain=_ratio(torch.atan)),
     "sigmoid": _GATE,
-    "expit": _GATE,
+    "special_expit": _GATE,
     "softplus": _GATE,
 }  # fmt: skip
+
+
+def line(func: Callable, z: Tensor, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
+    """Return the tangent (f'(z), f(z) - f'(z) z), with the call's own convention at kinks."""
+    with torch.enable_grad():
+        probe = z.clone().requires_grad_()
+        value = func(probe, *args, **kwargs)
+        slope = torch.autograd.grad(value.sum(), probe)[0]
+    return slope, value.detach() - slope * z
 
 
 def chord(func: Callable, z: Tensor, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from interp.hooks import guards
 from interp.hooks.activations import Activations
 from interp.hooks.errors import LayoutError
 from interp.hooks.inputs import Batch
@@ -38,7 +39,7 @@ def once(model: "Model") -> None:
     Raises:
         LayoutError: Naming the identity that does not hold.
     """
-    if model._offloaded or model.reader.kind == "bare" or any(m.training for m in model.module.modules()):
+    if model._offloaded or model.reader.kind == "bare" or guards.live_in_training(model.module):
         return
     # Without a configuration nothing says that two modules compute the same: then each is verified for itself.
     done = _VERIFIED if model.config is not None else _VERIFIED_MODULES.setdefault(model.module, set())
@@ -180,12 +181,15 @@ def _attention(model, acts, layer: int) -> Iterator[Claim]:
     if pattern.shape[1] != layout.n_heads:
         yield "pattern has the layout's heads", torch.tensor(pattern.shape[1]), torch.tensor(layout.n_heads)
         return
+    z = acts[f"{block}.attn.hook_z"].float()
+    if pattern.shape[-1] != z.shape[1]:
+        yield "pattern has one column for each key", pattern[..., 0], pattern[..., 0] + torch.inf
+        return
     rows = torch.ones_like(pattern[..., 0])
     yield "pattern rows sum to 1", pattern.sum(-1), rows
     yield "pattern = softmax(attn_scores)", torch.softmax(scores, -1), pattern
     if layout.modality == "tokens":
         yield "pattern is causal", pattern.triu(1) + 1, torch.ones_like(pattern)
-    z = acts[f"{block}.attn.hook_z"].float()
     if f"{block}.attn.hook_v" in acts:
         v = acts[f"{block}.attn.hook_v"].float().repeat_interleave(layout.n_heads // layout.n_kv_heads, dim=2)
         yield "z = pattern · v", torch.einsum("bhqk,bkhd->bqhd", pattern, v), z

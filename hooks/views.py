@@ -1,12 +1,13 @@
 """Views: how a site's tensor lies inside what a module takes or gives.
 
 `get` reads the site out of the base tensor; `put` returns the base with the site replaced. ``given`` is the
-module's input, which norm views need. Shapes: base [batch, pos, width]; sites as `sites` lists them.
+module's input, which norm views need and in which they note their edits. Shapes: base [batch, pos, width]; sites as
+`sites` lists them.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,15 +16,24 @@ from interp.hooks.errors import SiteError
 from interp.hooks.weights import Norm
 
 
+@dataclass
+class Given:
+    """What a module was given in one call; for a norm also the divisor and the normalised value that edits put."""
+
+    x: Tensor
+    scale: Tensor | None = None
+    normalized: Tensor | None = None
+
+
 @runtime_checkable
 class View(Protocol):
     """A two-way window on a base tensor."""
 
-    def get(self, base: Tensor, given: Tensor | None) -> Tensor:
+    def get(self, base: Any, given: Given | None) -> Any:
         """The site's tensor."""
         ...
 
-    def put(self, base: Tensor, new: Tensor, given: Tensor | None) -> Tensor:
+    def put(self, base: Any, new: Tensor, given: Given | None) -> Any:
         """The base with the site replaced."""
         ...
 
@@ -120,11 +130,12 @@ class NormScale:
 
     def get(self, base, given):
         """[batch, pos, 1]."""
-        return self.norm.scale(given)
+        return self.norm.scale(given.x) if given.scale is None else given.scale
 
     def put(self, base, new, given):
         """The norm's output under another divisor."""
-        return self.norm.finish(self.norm.centre(given) / new).to(base.dtype)
+        given.scale = new
+        return self.norm.finish(self.norm.centre(given.x) / new).to(base.dtype)
 
 
 @dataclass(frozen=True)
@@ -135,10 +146,12 @@ class NormNormalized:
 
     def get(self, base, given):
         """[batch, pos, d]."""
-        return self.norm.centre(given) / self.norm.scale(given)
+        scale = self.norm.scale(given.x) if given.scale is None else given.scale
+        return self.norm.centre(given.x) / scale if given.normalized is None else given.normalized
 
     def put(self, base, new, given):
         """The norm's output for another normalised input."""
+        given.normalized = new
         return self.norm.finish(new).to(base.dtype)
 
 

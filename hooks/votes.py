@@ -1,13 +1,16 @@
 """Votes: what each input element contributes to an output under a frozen linear map."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from interp.hooks.table import Table
+
+if TYPE_CHECKING:
+    from interp.hooks.tape import Constant
 
 
 @dataclass(frozen=True)
@@ -65,3 +68,76 @@ class Votes:
         """One row for each entry of the map, then the residual."""
         rows = self.top(self.map.numel()).to_records()
         return [*rows, {"index": "residual", "vote": self.residual}]
+
+
+@dataclass(frozen=True)
+class BiasReport:
+    """Which call put what into r, for an output direction w.
+
+    Attributes:
+        modules: Path of the module in which each constant entered.
+        ops: The call that added it.
+        values: Its contribution <G, c> to r · w, in float64.
+        maps: Spatial map of each contribution, summed over channels ([height, width], [pos], or a scalar).
+        residual: r · w.
+        target: What it is for.
+    """
+
+    modules: list[str]
+    ops: list[str]
+    values: Float[Tensor, "term"] = field(repr=False)
+    maps: list[Tensor] = field(repr=False)
+    residual: float
+    target: str
+
+    @property
+    def total(self) -> float:
+        """The sum of all terms."""
+        return float(self.values.sum())
+
+    @property
+    def completeness_error(self) -> float:
+        """|sum - r · w| over the sum of absolute terms."""
+        return abs(self.total - self.residual) / max(float(self.values.abs().sum()), abs(self.residual), 1e-30)
+
+    def by_module(self) -> Table:
+        """Return the terms summed by module, in execution order."""
+        sums: dict[str, float] = {}
+        for path, value in zip(self.modules, self.values.tolist(), strict=True):
+            sums[path] = sums.get(path, 0.0) + value
+        return Table(
+            [{"module": p or "(the model)", "value": v} for p, v in sums.items()], f"constants in {self.target}"
+        )
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """One row for each call that adds a constant."""
+        return [
+            {"module": m, "op": o, "value": v}
+            for m, o, v in zip(self.modules, self.ops, self.values.tolist(), strict=True)
+        ]
+
+    def top(self, k: int = 10) -> Table:
+        """Return the k terms with the largest absolute values."""
+        rows = sorted(self.to_records(), key=lambda r: -abs(r["value"]))[:k]
+        return Table(rows, f"r for {self.target} = {self.residual:.4f}")
+
+
+def _spatial(product: Tensor) -> Tensor:
+    """Sum over channels: of [1, channel, height, width] the second axis, else the last."""
+    if product.ndim == 4:
+        return product.sum((0, 1))
+    # Some layers flatten batch and positions into one axis, which then is the positions.
+    flat = product[0] if product.ndim > 1 and product.shape[0] == 1 else product
+    return flat.sum(-1) if flat.ndim else flat
+
+
+def report_biases(terms: list[tuple["Constant", Tensor]], residual: float, target: str) -> BiasReport:
+    """Return the report of constants and the gradients at their outputs."""
+    values, maps = [], []
+    for constant, gradient in terms:
+        product = gradient.double() * constant.value.double().expand_as(gradient)
+        values.append(product.sum())
+        maps.append(_spatial(product).float())
+    stacked = torch.stack(values) if values else torch.zeros(0, dtype=torch.float64)
+    modules, ops = [c.path for c, _ in terms], [c.op for c, _ in terms]
+    return BiasReport(modules, ops, stacked, maps, residual, target)

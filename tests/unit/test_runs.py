@@ -1,0 +1,112 @@
+"""Runs and results on disk: bit-exact, atomic, refused when foreign."""
+
+import json
+import multiprocessing
+
+import pytest
+import torch
+
+from interp.attribution import Attribution
+from interp.hooks.errors import RunError
+from interp.hooks.table import Table
+from interp.hooks.votes import Votes
+from interp.runs import Run, canonical
+from interp.saving import load_result, save_result
+
+
+def votes():
+    blocks = {"hook_embed": torch.randn(5), "hook_pos_embed": torch.randn(5)}
+    return Votes(blocks["hook_embed"], blocks, 0.1 + 0.2, 3.0, 1e-17, 0.3, ["a", "\n</script>", "ö", "d", "e"], "'x'")
+
+
+def attribution(heads):
+    layer = torch.randn(2)
+    return Attribution("a - b", 1.5, heads, layer, layer, layer, {"embedding": 0.1}, 0.0, 1e-8, 3)
+
+
+@pytest.mark.parametrize("result", [votes(), attribution(torch.randn(2, 4)), attribution(None)])
+def test_results_come_back_bit_for_bit(result, tmp_path):
+    save_result(result, tmp_path / "one")
+    back = load_result(tmp_path / "one")
+    for name, value in vars(result).items():
+        again = getattr(back, name)
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, again)
+            assert value.dtype == again.dtype
+        elif name != "blocks":
+            assert value == again
+    assert not list(tmp_path.glob(".*")), "no temporary file stays"
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path):
+    result = votes()
+    save_result(result, tmp_path / "one")
+    save_result(result, tmp_path / "two")
+    for end in ("json", "safetensors"):
+        assert (tmp_path / f"one.{end}").read_bytes() == (tmp_path / f"two.{end}").read_bytes()
+
+
+def test_foreign_and_corrupt_results_are_refused(tmp_path):
+    with pytest.raises(RunError, match="type dict"):
+        save_result({"a": 1}, tmp_path / "one")
+    save_result(votes(), tmp_path / "one")
+    record = json.loads((tmp_path / "one.json").read_text())
+    for change, text in (({"format": 99}, "format 99"), ({"type": "os.system"}, "os.system")):
+        (tmp_path / "bad.json").write_text(json.dumps(record | change))
+        with pytest.raises(RunError, match=text):
+            load_result(tmp_path / "bad")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(RunError, match="cannot be read"):
+        load_result(tmp_path / "bad")
+    (tmp_path / "one.safetensors").unlink()
+    with pytest.raises(RunError, match="is missing"):
+        load_result(tmp_path / "one")
+
+
+def test_a_second_run_is_a_second_run(tmp_path):
+    spec = {"prompt": "hello", "k": 3}
+    one, two = Run.create(tmp_path, "demo", spec), Run.create(tmp_path, "demo", dict(reversed(spec.items())))
+    other = Run.create(tmp_path, "demo", spec | {"k": 4})
+    assert one.path.name.endswith("-001")
+    assert two.path.name == one.path.name[:-3] + "002"
+    assert other.path.name.endswith("-001")
+    assert canonical({"b": 1, "a": "ö"}) == '{"a":"ö","b":1}'
+
+
+def test_a_run_opens_with_what_was_finished(tmp_path):
+    run = Run.create(tmp_path, "demo", {})
+    run.save("first", Table([{"a": 1}]))
+    run.status("failed")
+    again = Run.open(run.path)
+    assert (again.state, again.names) == ("failed", ["first"])
+    assert again.load("first").to_records() == [{"a": 1}]
+    assert {"python", "torch", "transformers"} <= set(again.provenance["versions"])
+    for name in ("../evil", "", ".hidden", "a/b"):
+        with pytest.raises(RunError, match="plain file name"):
+            run.save(name, Table([]))
+    with pytest.raises(RunError, match="one of first"):
+        run.load("second")
+
+
+def test_what_is_not_a_run_is_refused(tmp_path):
+    with pytest.raises(RunError, match="not a run folder"):
+        Run.open(tmp_path)
+    run = Run.create(tmp_path, "demo", {})
+    provenance = json.loads((run.path / "provenance.json").read_text())
+    (run.path / "provenance.json").write_text(json.dumps(provenance | {"format": 99}))
+    with pytest.raises(RunError, match="format 99"):
+        Run.open(run.path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="can be written"):
+        Run.create(tmp_path / "file", "demo", {})
+
+
+def _create(arguments):
+    root, _ = arguments
+    return Run.create(root, "demo", {"same": True}).path.name
+
+
+def test_processes_that_start_at_once_never_share_a_folder(tmp_path):
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        names = pool.map(_create, [(tmp_path, i) for i in range(6)])
+    assert len(set(names)) == 6
