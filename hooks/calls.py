@@ -169,10 +169,10 @@ _ADDED = {
 def without_constants(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Return a linear call's linear part: every constant that it would add or copy in is zero."""
     zero = lambda v: v.new_zeros(()).expand(v.shape) if _is_constant(v) else v
-    name, first = name_of(func), args[0] if args else None
-    if in_place(func, kwargs) and _is_constant(first):
-        first.zero_()  # the network writes a live value into a buffer of its own
-        args, kwargs = (first, *tree_map(zero, args[1:])), tree_map(zero, kwargs)
+    name = name_of(func)
+    if in_place(func, kwargs) and args and _is_constant(args[0]):
+        args[0].zero_()  # the network writes a live value into a buffer of its own
+        args, kwargs = (args[0], *tree_map(zero, args[1:])), tree_map(zero, kwargs)
     else:
         args, kwargs = tree_map(zero, args), tree_map(zero, kwargs)
     slots = [_ADDED[name]] if name in _ADDED else []

@@ -111,10 +111,9 @@ class FrozenNetwork:
         with self._without_weight_gradients(), tape.running(), self._inputs_from(values):
             # A copy of the leaf, so that a network that writes to its input in place may do so.
             if self.batch.ids is not None:
-                kwargs = {
-                    k: v.expand(n, *v.shape[1:]) if isinstance(v, Tensor) else v for k, v in self.batch.kwargs.items()
-                }
-                out = self.model.module(**kwargs)
+                wide = lambda v: v.expand(n, *v.shape[1:]) if isinstance(v, Tensor) else v
+                kwargs = {k: wide(v) for k, v in self.batch.kwargs.items()}
+                out = self.model.module(*map(wide, self.batch.args), **kwargs)
             else:
                 swap = lambda v: values["input"].clone() if v is self._slot else v
                 out = self.model.module(

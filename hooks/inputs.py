@@ -189,6 +189,8 @@ class Reader:
         texts = spans = None
         if isinstance(inputs, str):
             inputs = [inputs]
+        if hasattr(inputs, "__array__") and not isinstance(inputs, Tensor):
+            inputs = torch.as_tensor(inputs)
         if isinstance(inputs, Mapping):
             ids, mask = self._encoding(inputs)
         elif isinstance(inputs, Tensor):
@@ -213,17 +215,20 @@ class Reader:
             for key, value in (inputs.items() if isinstance(inputs, Mapping) else ())
             if key not in ("input_ids", "attention_mask")
         }
-        return Batch((), self._call(ids, mask) | extra, ids.shape[0], ids, mask, texts, spans)
+        kwargs = self._call(ids, mask) | extra
+        args = () if "input_ids" in self.accepts else (kwargs.pop("input_ids"),)
+        return Batch(args, kwargs, ids.shape[0], ids, mask, texts, spans)
 
     def _call(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
         kwargs: dict[str, Any] = {"input_ids": ids}
         if not mask.all():
-            if "attention_mask" not in self.accepts:
-                raise InputError(
-                    "a batch of mixed lengths", "one length", "this model's forward takes no attention_mask"
-                )
-            kwargs["attention_mask"] = mask.long()
-            if not mask[:, 0].all() and self.kind == "tokens":
+            left = not mask[:, 0].all()
+            if "attention_mask" in self.accepts:
+                kwargs["attention_mask"] = mask.long()
+            elif left or self.kind != "tokens":
+                # In a causal model tokens never see the padding behind them, mask or none.
+                raise InputError("a padded batch", "one length", "this model's forward takes no attention_mask")
+            if left and self.kind == "tokens":
                 if "position_ids" not in self.accepts:
                     raise InputError("left padding", "right padding", "this model's forward takes no position_ids")
                 kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)

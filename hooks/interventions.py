@@ -151,7 +151,10 @@ class Zero(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class Mean(Intervention):
-    """Replace by the mean over all real tokens of ``over`` (inputs of another run), or of the run's own batch."""
+    """Replace by the mean over all real tokens of ``over`` (inputs of another run).
+
+    Without ``over`` it is the mean over the selected real tokens of the run's own batch.
+    """
 
     over: Any = None
     kind = "mean"
@@ -253,27 +256,37 @@ def save_plan(plan: PlanLike, path: str | Path) -> None:
     save_file(tensors, str(path), {"format": FORMAT, "plan": json.dumps(rows)})
 
 
-def load_plan(path: str | Path) -> list[Intervention]:
+def load_plan(path: str | Path, *, allow_functions: bool = False) -> list[Intervention]:
     """Read a plan that `save_plan` wrote.
 
+    Args:
+        path: The file.
+        allow_functions: Whether to import the functions that a plan names. Importing runs code: say so only for
+            plans of your own.
+
     Raises:
-        InterventionError: If the file is not a plan, or of another format.
+        InterventionError: If the file is not a plan, of another format, or names a function that is not allowed.
     """
     try:
         with safe_open(str(path), "pt") as file:
             meta = file.metadata() or {}
             if meta.get("format") != FORMAT:
                 raise InterventionError(f"{path} has format {meta.get('format')!r}", FORMAT)
-            return [_step(row, file) for row in json.loads(meta["plan"])]
+            return [_step(row, file, allow_functions) for row in json.loads(meta["plan"])]
     except SafetensorError as error:
         raise InterventionError(f"{path} is not a plan: {error}", "a file that save_plan wrote") from error
 
 
-def _step(row: dict[str, Any], file) -> Intervention:
+def _step(row: dict[str, Any], file, allow_functions: bool) -> Intervention:
     kind = _KINDS.get(row["kind"])
     unknown = set(row) - {"kind"} - {f.name for f in fields(kind)} if kind else set()
     if kind is None or unknown:
         raise InterventionError(f"a plan with an unknown kind or field: {row}", f"kinds {', '.join(_KINDS)}")
+    named = next((v["function"] for v in row.values() if isinstance(v, dict) and "function" in v), None)
+    if named and not allow_functions:
+        raise InterventionError(
+            f"the plan names the function {named}", "allow_functions=True", "only for plans of your own"
+        )
     return kind(**{k: _decode(v, file) for k, v in row.items() if k != "kind"})
 
 

@@ -85,8 +85,6 @@ class Model:
         kind = self.layout.modality if self.layout else "any"
         if kind == "any" and getattr(self.module, "main_input_name", None) == "input_ids":
             kind = "tokens"
-        if kind in ("tokens", "encoder") and "input_ids" not in accepts and self.layout:
-            kind = "bare"
         embed = child(self.module, self.layout.embed) if self.layout else None
         vocab = getattr(embed, "num_embeddings", None)
         pos = child(self.module, self.layout.pos_embed) if self.layout and self.layout.pos_embed else None

@@ -76,14 +76,16 @@ def contraction(tape: Tape, call: Call) -> Any:
 
 def _without_bias(call: Call) -> Any:
     """A layer or product with one live factor, without the constant that it adds."""
-    args, kwargs = call.args, call.kwargs
+    args: tuple[Any, ...] = call.args
+    kwargs = call.kwargs
     if call.name == "linear" or call.name.startswith("conv"):
         args = (*args[:2], None, *args[3:]) if len(args) > 2 else args
         kwargs = {k: v for k, v in kwargs.items() if k != "bias"}
     if call.name in ("addmm", "baddbmm", "addbmm", "addmv", "addr"):
-        if calls.is_live(args[0]):
+        first, *rest = args
+        if calls.is_live(first):
             return calls.without_constants(call.func, args, kwargs)
-        args = (torch.zeros_like(args[0]), *args[1:])
+        args = (torch.zeros_like(first), *rest)
     return call.func(*args, **kwargs)
 
 

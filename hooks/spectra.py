@@ -130,7 +130,7 @@ def eig(operator: "LinearMap", k: int = 6, *, tolerance: float = 1e-4, seed: int
     if not 1 <= k < size - 1:
         raise ArgumentError(f"k={k} of a {size} x {size} map", f"1..{size - 2}")
     start = np.random.default_rng(seed).standard_normal(size)
-    values, vectors = eigs(operator.to_scipy(), k=k, v0=start)
+    values, vectors = eigs(operator.to_scipy(), k=k, v0=start)  # pyright: ignore[reportAssignmentType]
     order = np.argsort(-np.abs(values))
     values, vectors = torch.from_numpy(values[order]), torch.from_numpy(vectors[:, order].T.copy())
     parts = [

@@ -39,7 +39,7 @@ def once(model: "Model") -> None:
     Raises:
         LayoutError: Naming the identity that does not hold.
     """
-    if model._offloaded or model.reader.kind == "bare" or guards.live_in_training(model.module):
+    if model._offloaded or guards.live_in_training(model.module):
         return
     # Without a configuration nothing says that two modules compute the same: then each is verified for itself.
     done = _VERIFIED if model.config is not None else _VERIFIED_MODULES.setdefault(model.module, set())

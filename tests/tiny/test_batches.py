@@ -1,10 +1,11 @@
 """Batch mates, padding, its side, and the order of requests change nothing."""
 
+import numpy as np
 import pytest
 import torch
 
 import interp
-from tests.cases import CASES, DECODERS, MIXED, build, build_hand, inputs_for
+from tests.cases import CASES, DECODERS, HAND_LAYOUT, IDS, MIXED, HandLM, build, build_hand, inputs_for, perturb
 
 TOLERANCE = 2e-5
 SIDED = [(name, side) for name in [*DECODERS, "bert"] for side in ("left", "right") if (name, side) != ("bert", "left")]
@@ -131,13 +132,13 @@ def test_a_site_at_several_places_at_once():
     assert [str(s) for s in acts.sites] == list(acts)
 
 
-def test_a_model_without_a_mask_takes_one_length():
-    from tests.cases import HAND_LAYOUT
-
+def test_a_causal_model_without_a_mask_is_padded_on_the_right_only():
     model = interp.attach(build_hand(), layout=interp.Layout(**HAND_LAYOUT))
     assert model.run([[1, 2, 3], [4, 5, 6]]).shape[:2] == (2, 3)
+    together, alone = model.run([[1, 2, 3], [4, 5]]), model.run([[4, 5]])
+    torch.testing.assert_close(together[1, :2], alone[0], rtol=1e-5, atol=1e-5)
     with pytest.raises(interp.InterpError, match="attention_mask"):
-        model.run([[1, 2, 3], [4, 5]])
+        model.run([[1, 2, 3], [4, 5]], padding_side="left")
 
 
 def test_real_rows():
@@ -160,3 +161,26 @@ def test_position_embeddings_are_edited_for_one_example_only():
     assert torch.equal(found["hook_pos_embed"], table)
     words = model.module.transformer.wte.weight[x].detach()
     torch.testing.assert_close(found["blocks.0.hook_resid_pre"], words + table, rtol=0, atol=1e-6)
+
+
+class Positional(HandLM):
+    """A hand-written model whose forward calls its ids something else."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_a_hand_written_model_may_call_its_ids_anything():
+    torch.manual_seed(0)
+    module = perturb(Positional()).eval()
+    model = interp.attach(module, layout=interp.Layout(**HAND_LAYOUT))
+    ids = torch.tensor([IDS[0]])
+    assert torch.equal(model.run(ids), module(ids))
+    assert torch.equal(model.run(np.asarray(ids)), module(ids))
+    last = model.capture(MIXED, "blocks.1.hook_resid_post", positions="last")["blocks.1.hook_resid_post"]
+    alone = model.capture([MIXED[1]], "blocks.1.hook_resid_post", positions="last")["blocks.1.hook_resid_post"]
+    torch.testing.assert_close(last[1:2], alone, rtol=1e-5, atol=1e-5)
+    scope = interp.LinearScope(model, ids)
+    assert all(row["holds"] for row in scope.check())
+    with pytest.raises(interp.InterpError, match="is off by"):
+        interp.attach(perturb(Positional()).eval(), layout=interp.Layout(**HAND_LAYOUT | {"ln1": "n2", "ln2": "n1"}))

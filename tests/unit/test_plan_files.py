@@ -36,7 +36,9 @@ def same(left, right) -> bool:
 
 def test_round_trip(tmp_path):
     interp.save_plan(PLAN, tmp_path / "plan")
-    loaded = interp.load_plan(tmp_path / "plan")
+    with pytest.raises(interp.InterpError, match="allow_functions=True"):
+        interp.load_plan(tmp_path / "plan")
+    loaded = interp.load_plan(tmp_path / "plan", allow_functions=True)
     assert [type(s) for s in loaded] == [type(s) for s in PLAN]
     for old, new in zip(PLAN, loaded, strict=True):
         for name in vars(old):
