@@ -15,8 +15,11 @@ from interp.hooks.layouts import child
 from interp.hooks.linearization import Linearization
 from interp.hooks.model import Model
 from interp.hooks.rules import finish
+from interp.hooks.session import Read, Session
 from interp.hooks.tape import Constant, Entry, Tape
 from interp.hooks.views import first_tensor, with_first
+
+Select = Callable[[Any], Tensor] | Read
 
 _TIMED = 4
 
@@ -31,7 +34,8 @@ class FrozenNetwork:
         model: An attached model.
         batch: One example.
         held: What is held.
-        select: Picks the output tensor from what the module returns.
+        select: Picks the output tensor from what the module returns; or a site to stop at, with its binding.
+        values: Values of the input blocks, if not those of the batch.
 
     Attributes:
         values: Value of each input block [1, ...].
@@ -39,9 +43,11 @@ class FrozenNetwork:
         entries: The tape.
     """
 
-    def __init__(self, model: Model, batch: Batch, held: Linearization, select: Callable[[Any], Tensor]):
-        self.model, self.batch, self.held, self._select = model, batch, held, select
-        self.values = self._input_blocks()
+    def __init__(
+        self, model: Model, batch: Batch, held: Linearization, select: Select, values: dict[str, Tensor] | None = None
+    ):
+        self.model, self.batch, self.held, self.select = model, batch, held, select
+        self.values = self._input_blocks() if values is None else values
         self._leaves = {name: value.clone().requires_grad_() for name, value in self.values.items()}
         tape = Tape(model.module, held)
         self.output = finish(self._through(tape, self._leaves))
@@ -107,21 +113,27 @@ class FrozenNetwork:
         return {"input": x}
 
     def _through(self, tape: Tape, values: dict[str, Tensor]) -> Tensor:
-        n = next(iter(values.values())).shape[0]
+        """The output for values of the blocks, the network's own code run under a tape."""
         with self._without_weight_gradients(), tape.running(), self._inputs_from(values):
-            # A copy of the leaf, so that a network that writes to its input in place may do so.
-            if self.batch.ids is not None:
-                wide = lambda v: v.expand(n, *v.shape[1:]) if isinstance(v, Tensor) else v
-                kwargs = {k: wide(v) for k, v in self.batch.kwargs.items()}
-                out = self.model.module(*map(wide, self.batch.args), **kwargs)
+            if isinstance(self.select, Read):
+                session = Session(self.model.module, [self.select], stop=True, keep_graph=True)
+                with session:
+                    self._call(values)
+                selected = session.values[self.select.site]
             else:
-                swap = lambda v: values["input"].clone() if v is self._slot else v
-                out = self.model.module(
-                    *map(swap, self.batch.args), **{k: swap(v) for k, v in self.batch.kwargs.items()}
-                )
-            selected = self._select(out)
+                selected = self.select(self._call(values))
         tape.check_finished()
         return selected
+
+    def _call(self, values: dict[str, Tensor]) -> Any:
+        n = next(iter(values.values())).shape[0]
+        if self.batch.ids is not None:
+            wide = lambda v: v.expand(n, *v.shape[1:]) if isinstance(v, Tensor) else v
+            kwargs = {k: wide(v) for k, v in self.batch.kwargs.items()}
+            return self.model.module(*map(wide, self.batch.args), **kwargs)
+        # A copy of the leaf, so that a network that writes to its input in place may do so.
+        swap = lambda v: values["input"].clone() if v is self._slot else v
+        return self.model.module(*map(swap, self.batch.args), **{k: swap(v) for k, v in self.batch.kwargs.items()})
 
     @property
     def _slot(self) -> Tensor:

@@ -4,7 +4,7 @@ Source: Navarrete Michelini, Liu, Lu, Jiang, "A Tour of Convolutional Networks G
 2019; extended to smooth units, norms, products and attention.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.hooks.errors import ArgumentError, CompletenessError, InputError, NonFiniteError
-from interp.hooks.frozen import FrozenNetwork
+from interp.hooks.frozen import FrozenNetwork, Select
 from interp.hooks.linear_map import LinearMap
 from interp.hooks.linearization import Linearization, LinearizationLike
 from interp.hooks.model import Model, main_tensor
+from interp.hooks.session import Read
+from interp.hooks.site import Site, SiteLike
+from interp.hooks.stability import Stability, stability
 from interp.hooks.table import Table
 from interp.hooks.text import token_id
+from interp.hooks.token_blocks import TokenBlocks, token_blocks
 from interp.hooks.votes import BiasReport, Votes, report_biases
 
 
@@ -42,7 +46,8 @@ class LinearScope(LinearMap):
         model: An attached model.
         x: One example: a text, token ids, an image tensor [1, ...].
         linearization: ``frozen`` (default), ``exact``, ``path``, or a Linearization.
-        output: Selects the output tensor from what the module returns; by default its logits or main tensor.
+        output: The output: a site (the network behind it is not run), or a function that picks a tensor from what the
+            module returns; by default its logits or main tensor.
         origin: Origin o of the input space for votes: y = F (x - o) + (r + F o). Zero by default.
 
     Attributes:
@@ -50,6 +55,7 @@ class LinearScope(LinearMap):
         Fx: Linear part, summed over blocks.
         r: Constant part: the frozen network's output for zero input.
         blocks: Input blocks by name.
+        network: The frozen network underneath.
 
     Raises:
         LinearizationError: If a call cannot be linearised; the message names module and call.
@@ -69,27 +75,39 @@ class LinearScope(LinearMap):
         x: Any,
         linearization: LinearizationLike = "frozen",
         *,
-        output: Callable[[Any], Tensor] | None = None,
+        output: SiteLike | Callable[[Any], Tensor] | None = None,
         origin: Tensor | None = None,
     ):
         self.model = model
         self.batch = model.batch(x)
         if self.batch.size != 1:
             raise InputError(f"{self.batch.size} examples", "one reference input", "make one scope for each")
-        held, select = Linearization.of(linearization), output or main_tensor
-        with torch.no_grad():
-            self.y = select(model.forward(self.batch))
+        held = Linearization.of(linearization)
+        select, self.y = self._output(output)
         if not torch.isfinite(self.y).all():
             raise NonFiniteError("the network's output holds NaN or infinity", "finite output at the reference")
-        self._network = FrozenNetwork(model, self.batch, held, select)
-        values = self._network.values
+        self.network = FrozenNetwork(model, self.batch, held, select)
+        values = self.network.values
         self.blocks = {name: Block(name, value, self._block_map(name)) for name, value in values.items()}
         first = next(iter(self.blocks.values()))
         super().__init__(first.map._push, first.map._pull, first.map.in_shape, first.map.out_shape, self.y, held)
         self.x = first.value
         self.origin = self._origin(origin)
         self.r = self.replay({name: torch.zeros_like(value) for name, value in values.items()})
-        self.Fx = self._network.push(values)
+        self.Fx = self.network.push(values)
+
+    @torch.no_grad()
+    def _output(self, output: SiteLike | Callable[[Any], Tensor] | None) -> tuple[Select, Tensor]:
+        """How the output is picked, and its value in a plain run."""
+        if not isinstance(output, (str, Site)):
+            select = output or main_tensor
+            return select, select(self.model.forward(self.batch))
+        found = self.model.resolve(output)
+        if len(found) != 1:
+            raise ArgumentError(f"output={str(output)!r} selects {len(found)} sites", "one")
+        site, binding = found[0]
+        where = self.model.where(self.batch, binding, site.positions)
+        return Read(site, binding, where), self.model.capture(self.batch, site)[site]
 
     def replay(self, blocks: dict[str, Float[Tensor, "n ..."]]) -> Float[Tensor, "n ..."]:
         """Return F v + r by running the network's own code on other inputs with the recorded decisions held.
@@ -100,10 +118,10 @@ class LinearScope(LinearMap):
         Raises:
             ControlFlowDivergedError: If the network makes other calls than at the reference.
         """
-        return self._network.replay(blocks)
+        return self.network.replay(blocks)
 
     def _block_map(self, name: str) -> LinearMap:
-        value, network = self._network.values[name], self._network
+        value, network = self.network.values[name], self.network
         return LinearMap(
             push=lambda v: network.push({name: v}),
             pull=lambda w: network.pull(name, w),
@@ -148,7 +166,7 @@ class LinearScope(LinearMap):
         votes = Votes(
             map=next(iter(maps.values())), blocks=maps, total=float(flat.sum()), abs_total=float(flat.abs().sum()),
             residual=float(residual), value=float((w.double() * self.y[0].double()).sum()),
-            labels=self._labels(), target=name,
+            labels=self.labels, target=name,
         )  # fmt: skip
         if votes.completeness_error > self.tolerance:
             raise CompletenessError(
@@ -207,7 +225,9 @@ class LinearScope(LinearMap):
             return elements.sum(-1)
         return elements.sum(0) if elements.ndim == 3 else elements
 
-    def _labels(self) -> list[str] | None:
+    @property
+    def labels(self) -> list[str] | None:
+        """The input's tokens as strings, or None."""
         if self.batch.ids is None or self.model.tokenizer is None:
             return None
         return [self.model.tokenizer.decode([t]) for t in self.batch.ids[0].tolist()]
@@ -237,7 +257,7 @@ class LinearScope(LinearMap):
             CompletenessError: If the terms do not sum to r · w.
         """
         w, name = self._direction_and_name(target, margin_to, position)
-        report = report_biases(self._network.constants(w), float((w.double() * self.r[0].double()).sum()), name)
+        report = report_biases(self.network.constants(w), float((w.double() * self.r[0].double()).sum()), name)
         if report.completeness_error > self.tolerance:
             raise CompletenessError(
                 f"constants sum to {report.total:.6g}, r is {report.residual:.6g} for {name}",
@@ -245,11 +265,51 @@ class LinearScope(LinearMap):
             )
         return report
 
+    def stability(
+        self, target: Any, margin_to: Any = None, *, position: int = -1, noise: float = 0.01, samples: int = 4,
+        float64: bool = False, seed: int = 0,
+    ) -> Stability:  # fmt: skip
+        """Return what small input noise (and float64, on a copy of the model) do to a row and to the units' decisions.
+
+        Args:
+            target: As for `votes`.
+            margin_to: As for `votes`.
+            position: As for `votes`.
+            noise: Norm of the noise relative to the input's.
+            samples: How many noisy inputs.
+            float64: Whether to compare with a float64 copy of the model.
+            seed: Of the noise.
+
+        Raises:
+            ArgumentError: If noise or samples are not positive.
+        """
+        w, name = self._direction_and_name(target, margin_to, position)
+        return stability(self, w, name, noise, samples, float64, seed)
+
+    def token_blocks(
+        self, positions: Sequence[int] | None = None, *, probes: int | None = None, seed: int = 0
+    ) -> TokenBlocks:
+        """Return the norms ‖F_ts‖ of the blocks from each token s to outputs at positions t.
+
+        Exact with one row for each output component; or estimated from random probes w at t, since the mean of
+        ‖(Fᵀ w)_s‖² is ‖F_ts‖²; then with a standard error.
+
+        Args:
+            positions: Output positions; all by default.
+            probes: How many random probes for each position; exact if None.
+            seed: Of the probes.
+
+        Raises:
+            ArgumentError: If input or output have no token positions.
+            SizeError: If an exact computation would take more rows than `token_blocks.MOST_ROWS`.
+        """
+        return token_blocks(self, positions, probes, seed)
+
     @property
     def units(self) -> Table:
         """Every decision that is held: module, call, mode and shape."""
         rows = []
-        for index, entry in enumerate(self._network.entries):
+        for index, entry in enumerate(self.network.entries):
             rows.append(
                 {
                     "call": index,
@@ -269,11 +329,11 @@ class LinearScope(LinearMap):
         made, size = torch.Generator().manual_seed(seed), float(self.y.abs().max())
         gaps = [
             ("completeness: F x + r = y", self.Fx + self.r - self.y, size),
-            ("frozen network at the reference = y", self._network.output.detach() - self.y, size),
+            ("frozen network at the reference = y", self.network.output.detach() - self.y, size),
         ]
         for _ in range(probes):
             gaps += [self._replay_gap(made, size), self._adjoint_gap(made)]
-        return Table([_row(*gap, self.tolerance) for gap in gaps], f"checks of LinearScope ({self._network.held.name})")
+        return Table([_row(*gap, self.tolerance) for gap in gaps], f"checks of LinearScope ({self.network.held.name})")
 
     def _replay_gap(self, made: torch.Generator, size: float) -> tuple[str, Tensor, float]:
         probes = {}
@@ -292,7 +352,7 @@ class LinearScope(LinearMap):
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{n} {list(b.value.shape[1:])}" for n, b in self.blocks.items())
-        return f"LinearScope({inputs} -> {list(self.y.shape[1:])}, {self._network.held.name})"
+        return f"LinearScope({inputs} -> {list(self.y.shape[1:])}, {self.network.held.name})"
 
 
 def _noise(like: Tensor, made: torch.Generator) -> Tensor:

@@ -1,0 +1,85 @@
+"""Token blocks: how much each token's embedding moves the output at each position, as norms of blocks of F."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp.hooks.errors import ArgumentError, SizeError
+
+if TYPE_CHECKING:
+    from interp.hooks.linear_scope import LinearScope
+
+MOST_ROWS = 20_000
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """Frobenius norms of the blocks F_ts, s the input token and t the output position.
+
+    Attributes:
+        norms: [output position, input token]; exactly 0 for s > t in a causal model.
+        standard_errors: Of estimated norms, or None where they are exact.
+        positions: Output positions.
+        tokens: Input tokens.
+    """
+
+    norms: Float[Tensor, "out in"] = field(repr=False)
+    standard_errors: Float[Tensor, "out in"] | None = field(repr=False)
+    positions: list[int]
+    tokens: list[str] | None = field(repr=False)
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """One row for each block."""
+        rows = []
+        for i, t in enumerate(self.positions):
+            for s, norm in enumerate(self.norms[i].tolist()):
+                rows.append({"output": t, "input": s, "token": self.tokens[s] if self.tokens else "", "norm": norm})
+        return rows
+
+
+def token_blocks(scope: "LinearScope", positions: Sequence[int] | None, probes: int | None, seed: int) -> TokenBlocks:
+    """Return the block norms of a scope over tokens: exact by rows, or estimated from probes.
+
+    Raises:
+        ArgumentError: If input or output have no token positions, or there are no probes.
+        SizeError: If the exact computation takes too many rows.
+    """
+    if scope.batch.ids is None or len(scope.out_shape) < 2 or scope.out_shape[0] != scope.in_shape[0]:
+        raise ArgumentError(f"a map {list(scope.in_shape)} -> {list(scope.out_shape)}", "token positions on both sides")
+    if probes is not None and probes < 2:
+        raise ArgumentError(f"probes={probes}", "at least 2, or None for exact norms")
+    length, width = scope.out_shape[0], math.prod(scope.out_shape[1:])
+    wanted = [int(p) for p in scope.batch.positions(list(range(length)) if positions is None else list(positions))[0]]
+    if probes is None and width * len(wanted) > MOST_ROWS:
+        raise SizeError(
+            f"{width * len(wanted):,} rows", f"at most {MOST_ROWS:,}",
+            "give probes=128 for an estimate, fewer positions, or output='blocks.N.hook_resid_post'",
+        )  # fmt: skip
+    made = torch.Generator().manual_seed(seed)
+    found = [_squares(scope, t, probes, made) for t in wanted]
+    if probes is None:
+        norms, errors = torch.stack([s.sum(0) for s in found]).sqrt(), None
+    else:
+        mean = torch.stack([s.mean(0) for s in found])
+        spread = torch.stack([s.std(0) for s in found]) / math.sqrt(probes)
+        norms = mean.sqrt()
+        errors = spread / (2 * norms).clamp(min=torch.finfo(norms.dtype).tiny)
+    return TokenBlocks(norms, errors, wanted, scope.labels)
+
+
+def _squares(scope: "LinearScope", t: int, probes: int | None, made: torch.Generator) -> Float[Tensor, "probe in"]:
+    """‖(Fᵀ w)_s‖² for unit vectors, or random ones, w at position t."""
+    width = math.prod(scope.out_shape[1:])
+    at = torch.eye(width) if probes is None else torch.randn(probes, width, generator=made)
+    rows = []
+    for some in at.split(_CHUNK):
+        w = torch.zeros(len(some), *scope.out_shape, dtype=scope.dtype, device=scope.device)
+        w[:, t] = some.reshape(len(some), *scope.out_shape[1:]).to(w)
+        rows.append(scope.rmatvec(w).double().flatten(2).pow(2).sum(-1))
+    return torch.cat(rows)
