@@ -31,6 +31,9 @@ RESHAPES = frozenset(
     """.split()
 )
 
+# Calls that take only the shape or type of their second tensor.
+SHAPED_LIKE = frozenset("expand_as view_as reshape_as type_as resize_as".split())
+
 LINEAR = RESHAPES | frozenset(
     """
     add radd iadd sub rsub isub subtract neg negative positive cat concat concatenate stack hstack vstack dstack
@@ -148,6 +151,18 @@ def is_live(value: Any) -> bool:
     Parameters are kept out: they require no gradient while a tape is made.
     """
     return isinstance(value, Tensor) and (value.requires_grad or getattr(value, "_interp_live", False))
+
+
+def freeze_parameters(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Return arguments with parameters that the model does not list (closures hold such) detached: constants."""
+    own = lambda v: v.detach() if _is_foreign(v) else v
+    if not any(_is_foreign(t) for t in tensors(args, kwargs)):
+        return args, kwargs
+    return tree_map(own, args), tree_map(own, kwargs)
+
+
+def _is_foreign(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad and value.is_leaf and not hasattr(value, "_interp_live")
 
 
 def mark_live(value: Any) -> Any:

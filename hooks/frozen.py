@@ -48,7 +48,7 @@ class FrozenNetwork:
     ):
         self.model, self.batch, self.held, self.select = model, batch, held, select
         self.values = self._input_blocks() if values is None else values
-        self._leaves = {name: value.clone().requires_grad_() for name, value in self.values.items()}
+        self._leaves = calls.mark_live({n: value.clone().requires_grad_() for n, value in self.values.items()})
         tape = Tape(model.module, held)
         self.output = finish(self._through(tape, self._leaves))
         self.entries: list[Entry] = tape.entries
@@ -56,7 +56,7 @@ class FrozenNetwork:
 
     def replay(self, blocks: dict[str, Tensor]) -> Tensor:
         """Return Σ F v + r for other values of the blocks [n, ...], by the network's own code."""
-        values = {name: value.detach().clone().requires_grad_() for name, value in blocks.items()}
+        values = calls.mark_live({n: value.detach().clone().requires_grad_() for n, value in blocks.items()})
         return self._through(Tape(self.model.module, self.held, self.entries), values).detach()
 
     def push(self, blocks: dict[str, Tensor]) -> Tensor:
@@ -93,7 +93,7 @@ class FrozenNetwork:
         """Return each call's constant with the gradient of <w, y> at its output: r · w is the sum of their products."""
         found: list[Constant] = []
         tape = Tape(self.model.module, self.held, self.entries, constants=found)
-        zeros = {name: torch.zeros_like(value).requires_grad_() for name, value in self.values.items()}
+        zeros = calls.mark_live({n: torch.zeros_like(value).requires_grad_() for n, value in self.values.items()})
         out = self._through(tape, zeros)
         leaves = [c.leaf for c in found]
         grads = torch.autograd.grad(out, leaves, w[None], allow_unused=True) if leaves else ()

@@ -25,6 +25,8 @@ from interp.hooks.text import token_id
 from interp.hooks.token_blocks import TokenBlocks, token_blocks
 from interp.hooks.votes import BiasReport, Votes, report_biases
 
+_HALF_TOLERANCE = 0.1
+
 
 @dataclass(frozen=True)
 class Block:
@@ -95,6 +97,17 @@ class LinearScope(LinearMap):
         self.origin = self._origin(origin)
         self.r = self.replay({name: torch.zeros_like(value) for name, value in values.items()})
         self.Fx = self.network.push(values)
+        self._check_complete()
+
+    def _check_complete(self) -> None:
+        gap = float((self.Fx + self.r - self.y).abs().max())
+        size = max(float(t.abs().max()) for t in (self.Fx, self.r, self.y))
+        if not gap <= self.tolerance * max(size, 1e-30):
+            raise CompletenessError(
+                f"F x + r differs from the output by {gap:.1e} (of {size:.1e})",
+                f"a relative difference below {self.tolerance:.0e}",
+                "a part of this network is not what the tape saw: scope a smaller part of it with output=",
+            )
 
     @torch.no_grad()
     def _output(self, output: SiteLike | Callable[[Any], Tensor] | None) -> tuple[Select, Tensor]:
@@ -184,8 +197,10 @@ class LinearScope(LinearMap):
 
     @property
     def tolerance(self) -> float:
-        """Relative completeness error allowed in the model's dtype."""
-        return 100 * torch.finfo(self.y.dtype).eps
+        """Relative error of completeness that the output's dtype allows."""
+        if self.y.dtype == torch.float64 and self.model.config is not None:
+            return 1e-6  # Hugging Face computes norms and softmax in float32 even in a float64 model.
+        return min(100 * torch.finfo(self.y.dtype).eps, _HALF_TOLERANCE)
 
     def direction(self, target: Any, position: int = -1) -> Float[Tensor, "..."]:
         """Return the unit vector over outputs (without batch axis) that a target names.

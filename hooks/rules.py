@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from interp.hooks import calls
-from interp.hooks.errors import BilinearOpError, LinearizationError, TrainModeError, UnsupportedOpError
+from interp.hooks.errors import ArgumentError, BilinearOpError, LinearizationError, TrainModeError, UnsupportedOpError
 from interp.hooks.tape import ACTIVATED, DIVISOR, PENDING, Call, Tags, Tape
-from interp.hooks.units import UNITS, chord, line
+from interp.hooks.units import UNITS, Unit, chord, line
 
 Rule = Callable[[Tape, Call], Any]
 
@@ -182,6 +183,17 @@ def rms_norm(tape: Tape, call: Call) -> Any:
     return _affine(tape, v / scale, bound["weight"], None)
 
 
+def instance_norm(tape: Tape, call: Call) -> Any:
+    """InstanceNorm: an affine constant with running statistics, else GroupNorm with a group for each channel."""
+    names = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
+    bound = _bound(call, names, {"running_mean": None, "running_var": None, "weight": None, "bias": None, "eps": 1e-5})
+    if not bound.get("use_input_stats", True) and bound["running_mean"] is not None:
+        args = (*(bound[n] for n in names[:5]), False, 0.1, bound["eps"])
+        return batch_norm(tape, Call(F.batch_norm, call.name, args, {}, call.path))
+    args = (bound["input"], bound["input"].shape[1], bound["weight"], bound["bias"], bound["eps"])
+    return group_norm(tape, Call(F.group_norm, call.name, args, {}, call.path))
+
+
 def group_norm(tape: Tape, call: Call) -> Any:
     """GroupNorm as one call: per group γ (v - mean v)/σ + β with σ held."""
     if tape.linearization.norm == "tangent":
@@ -282,6 +294,44 @@ def _detached(out: Any) -> Any:
     return type(out)(*map(_detached, out)) if hasattr(out, "_fields") else type(out)(map(_detached, out))
 
 
+def register_unit(fn: Callable, rule: Unit | Rule) -> Callable[[], None]:
+    """Teach the tape a call of your own: an element-wise `Unit`, or a rule (tape, call) -> result.
+
+    Args:
+        fn: The torch function, or any function that dispatches through ``__torch_function__``.
+        rule: How it is linearised. It must give the network's own value at the reference, and be affine in the live
+            arguments when replayed; `LinearScope.check` tests both.
+
+    Returns:
+        A function that takes the registration back.
+
+    Raises:
+        ArgumentError: If the call has a rule already.
+
+    Example:
+        >>> import torch
+        >>> from interp.hooks.units import Unit
+        >>> forget = register_unit(torch.sinh, Unit(gain=lambda z: torch.sinh(z) / z))
+        >>> forget()
+    """
+    name = calls.name_of(fn)
+    if name in RULES:
+        raise ArgumentError(
+            f"a rule for {name}", "a call without one", "choose its mode by Linearization(overrides=...)"
+        )
+    if isinstance(rule, Unit):
+        UNITS[name] = rule
+        RULES[name] = unit
+    else:
+        RULES[name] = rule
+
+    def forget() -> None:
+        RULES.pop(name, None)
+        UNITS.pop(name, None)
+
+    return forget
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(calls.LINEAR, linear),
     **dict.fromkeys(calls.WEIGHTED | calls.BILINEAR, contraction),
@@ -298,4 +348,5 @@ RULES: dict[str, Rule] = {
     "layer_norm": layer_norm,
     "rms_norm": rms_norm,
     "group_norm": group_norm,
+    "instance_norm": instance_norm,
 }  # fmt: skip

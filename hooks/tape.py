@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from interp.hooks import calls
+from interp.hooks.composites import COMPOSITES
 from interp.hooks.errors import ControlFlowDivergedError, ControlFlowError, UnsupportedOpError
 from interp.hooks.linearization import Linearization
 
@@ -100,6 +102,23 @@ class Tags:
         return value
 
 
+class _Unseen(TorchDispatchMode):
+    """Refuses operations on live values that run outside every call that the tape sees: scripted or compiled code."""
+
+    def __init__(self, tape: "Tape"):
+        super().__init__()
+        self.tape = tape
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        quiet = func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+        if self.tape.depth == 0 and not quiet and any(calls.is_live(t) for t in calls.tensors(args, kwargs)):
+            # Raised here, the error would reach the user wrapped in the interpreter's own.
+            self.tape.unseen.append(f"{func} in {self.tape.path or 'the model'}")
+        with torch._C.DisableTorchFunction():
+            return func(*args, **kwargs)
+
+
 class Tape(TorchFunctionMode):
     """Records decisions, or replays them.
 
@@ -125,7 +144,8 @@ class Tape(TorchFunctionMode):
         self.linearization = linearization
         self.replaying = entries is not None
         self.entries: list[Entry] = entries if entries is not None else []
-        self._next = 0
+        self._next = self.depth = 0
+        self.unseen: list[str] = []
         self._paths = {id(sub): name for name, sub in module.named_modules()}
         self._types = {name: type(sub).__name__ for name, sub in module.named_modules()}
         self._stack: list[str] = []
@@ -180,16 +200,34 @@ class Tape(TorchFunctionMode):
             stack.callback(module_hooks.register_module_forward_pre_hook(before).remove)
             stack.callback(module_hooks.register_module_forward_hook(after, always_call=True).remove)
             stack.enter_context(torch.set_grad_enabled(not self.homogeneous))
+            if not self.replaying:
+                stack.enter_context(_Unseen(self))
             stack.enter_context(self)
             yield self
+        if self.unseen:
+            raise UnsupportedOpError(
+                f"{self.unseen[0]} runs in scripted or compiled code",
+                "Python calls that can be seen",
+                "give the module that it was made from",
+            )
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Run a call under the rules."""
+        self.depth += 1
+        try:
+            return self._run(func, args, kwargs or {})
+        finally:
+            self.depth -= 1
+
+    def _run(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         from interp.hooks.rules import RULES
 
-        kwargs = kwargs or {}
         name = calls.name_of(func)
-        if name in calls.METADATA or not any(calls.is_live(t) for t in calls.tensors(args, kwargs)):
+        if name in calls.METADATA:
+            return func(*args, **kwargs)
+        args, kwargs = calls.freeze_parameters(args, kwargs)
+        told = args[:1] if name in calls.SHAPED_LIKE else (args, kwargs)
+        if not any(calls.is_live(t) for t in calls.tensors(told)):
             return func(*args, **kwargs)
         call = Call(func, name, args, kwargs, self.path)
         if name in calls.CONTROL_FLOW or calls.raw_name(func) in calls.CONTROL_FLOW:
@@ -200,11 +238,9 @@ class Tape(TorchFunctionMode):
                 "a forward that keeps it",
                 "detach(), .data or no_grad() would hide a part of the network",
             )
-        if name == "scaled_dot_product_attention":
-            from interp.hooks.attention import explicit_attention
-
+        if name in COMPOSITES:
             with self:
-                return explicit_attention(*args, **kwargs)
+                return COMPOSITES[name](*args, **kwargs)
         rule = RULES.get(name)
         if rule is None:
             raise UnsupportedOpError(
@@ -223,6 +259,8 @@ class Tape(TorchFunctionMode):
             Tags.put(out, Tags.of(calls.tensors(out)) | {PENDING: Tags.of(unheld)[PENDING]})
         if self.homogeneous and not call.is_constant:
             calls.mark_live(call.args[0] if out is None else out)
+            if calls.in_place(call.func, call.kwargs) and call.args and call.args[0]._base is not None:
+                calls.mark_live(call.args[0]._base)
         if added is not None and not call.is_constant:
             self._note(added, call, out)
         return out
@@ -245,7 +283,7 @@ class Tape(TorchFunctionMode):
         targets = calls.tensors(call.args[0] if out is None else out)
         for value, target in zip(calls.tensors(added), targets, strict=True):
             if value.is_floating_point() and calls.is_live(target) and bool(value.detach().any()):
-                leaf = torch.zeros_like(target, requires_grad=True)
+                leaf = calls.mark_live(torch.zeros_like(target, requires_grad=True))
                 target.add_(leaf)
                 self.constants.append(Constant(call.path, call.name, value.detach(), leaf))  # type: ignore[union-attr]
 

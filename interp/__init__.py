@@ -21,8 +21,10 @@ _HOME = {
     "interp.hooks.linear_scope": ["LinearScope"],
     "interp.hooks.linearization": ["Linearization"],
     "interp.hooks.model": ["Model"],
+    "interp.hooks.rules": ["register_unit"],
     "interp.hooks.site": ["Site"],
     "interp.hooks.table": ["Table"],
+    "interp.hooks.units": ["Unit"],
     "interp.hooks.votes": ["Votes"],
     "interp.attribution": ["Attribution", "direct_attribution"],
     "interp.lens": ["LogitLens", "logit_lens"],
@@ -55,8 +57,10 @@ if TYPE_CHECKING:
     from interp.hooks.linear_scope import LinearScope
     from interp.hooks.linearization import Linearization
     from interp.hooks.model import Model
+    from interp.hooks.rules import register_unit
     from interp.hooks.site import Site
     from interp.hooks.table import Table
+    from interp.hooks.units import Unit
     from interp.hooks.votes import Votes
     from interp.lens import LogitLens, logit_lens
     from interp.observables import Observable
@@ -66,8 +70,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Activations", "Add", "Attribution", "Function", "InterpError", "Intervention", "Layout", "LinearMap",
     "LinearScope", "Linearization", "LogitLens", "Mean", "Model", "Observable", "Patch", "ProjectOut", "Run", "Scale",
-    "Set", "Site", "Table", "Votes", "Zero", "attach", "chart", "direct_attribution", "load", "load_plan", "logit_lens",
-    "save_plan",
+    "Set", "Site", "Table", "Unit", "Votes", "Zero", "attach", "chart", "direct_attribution", "load", "load_plan", "logit_lens",
+    "register_unit", "save_plan",
 ]  # fmt: skip
 
 

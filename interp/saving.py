@@ -16,7 +16,11 @@ from interp.hooks.table import Table
 FORMAT = 1
 _TYPES = {
     "Attribution": "interp.attribution",
+    "BiasReport": "interp.hooks.votes",
     "LogitLens": "interp.lens",
+    "SVD": "interp.hooks.spectra",
+    "Stability": "interp.hooks.stability",
+    "TokenBlocks": "interp.hooks.token_blocks",
     "Votes": "interp.hooks.votes",
     "Table": "interp.hooks.table",
 }

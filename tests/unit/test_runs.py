@@ -110,3 +110,14 @@ def test_processes_that_start_at_once_never_share_a_folder(tmp_path):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         names = pool.map(_create, [(tmp_path, i) for i in range(6)])
     assert len(set(names)) == 6
+
+
+def test_every_saved_type_can_be_found_and_drawn_types_are_saved():
+    import importlib
+
+    from interp.plots import _DRAWN_BY
+    from interp.saving import _TYPES
+
+    for kind, home in _TYPES.items():
+        assert hasattr(importlib.import_module(home), kind)
+    assert set(_DRAWN_BY) <= set(_TYPES)

@@ -1,0 +1,159 @@
+"""Fused calls written out, calls that cannot be seen, and units of the user's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import interp
+from interp.hooks.errors import ArgumentError, CompiledModelError, CompletenessError, UnsupportedOpError
+from interp.hooks.rules import register_unit
+from interp.hooks.tape import Tags
+from interp.hooks.units import Unit
+
+
+class Call(nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x):
+        return self.fn(x)
+
+
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+
+
+def scope_of(fn, x, linearization="frozen"):
+    module = fn if isinstance(fn, nn.Module) else Call(fn)
+    return interp.LinearScope(interp.attach(module.to(x.dtype).eval(), check=False), x, linearization)
+
+
+def assert_checks(scope, tolerance=1e-10):
+    for row in scope.check():
+        assert row["error"] <= tolerance, row
+
+
+def attention_module(**options):
+    torch.manual_seed(0)
+    return nn.MultiheadAttention(8, 2, batch_first=True, **options).double().eval()
+
+
+PLAIN, SPLIT = attention_module(), attention_module(kdim=4, vdim=4)
+COMPOSITES = {
+    "glu": (lambda x: F.glu(x, -1), (1, 6)),
+    "normalize": (lambda x: F.normalize(x, dim=-1), (1, 6)),
+    "local response norm": (lambda x: F.local_response_norm(x, 3), (1, 5, 4, 4)),
+    "instance norm": (F.instance_norm, (1, 3, 4, 4)),
+    "instance norm, running": (nn.InstanceNorm2d(3, affine=True, track_running_stats=True), (1, 3, 4, 4)),
+    "multi-head attention": (Call(lambda x: PLAIN(x, x, x, need_weights=False)[0]), (1, 5, 8)),
+    "causal multi-head attention": (
+        Call(lambda x: PLAIN(x, x, x, attn_mask=torch.ones(5, 5).triu(1).bool())[0]), (1, 5, 8),
+    ),
+    "masked keys": (
+        Call(lambda x: PLAIN(x, x, x, key_padding_mask=torch.tensor([[0, 0, 0, 1, 1]]).bool())[0]),
+        (1, 5, 8),
+    ),
+    "separate projections": (
+        Call(lambda x: SPLIT(x, x[..., :4], x[..., 4:])[0]), (1, 5, 8),
+    ),
+    "transformer layer": (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (1, 5, 8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("linearization", ["frozen", "exact"])
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_fused_calls_are_written_out(name, linearization):
+    fn, shape = COMPOSITES[name]
+    x = draw(*shape)
+    scope = scope_of(fn, x, linearization)
+    assert_checks(scope)
+    if linearization == "exact":
+        module = scope.model.module
+        with torch.no_grad():
+            torch.testing.assert_close(scope.y, module(x))
+        wanted = torch.autograd.functional.jacobian(module, x).reshape(scope.y.numel(), x.numel())
+        torch.testing.assert_close(scope.dense(), wanted, rtol=1e-8, atol=1e-10)
+
+
+def test_glu_by_formula_and_normalize_keeps_its_length():
+    x = draw(1, 6)
+    dense = scope_of(lambda x: F.glu(x, -1), x).dense()
+    torch.testing.assert_close(dense[:, :3], torch.diag(torch.sigmoid(x[0, 3:])))
+    assert dense[:, 3:].abs().max() == 0
+    torch.testing.assert_close(scope_of(lambda x: F.normalize(x, dim=-1), x).dense(), torch.eye(6).double() / x.norm())
+
+
+def test_scripted_functions_are_refused_where_they_run():
+    @torch.jit.script
+    def hidden(x):
+        return torch.relu(x) * 2
+
+    class Inner(nn.Module):
+        def forward(self, x):
+            return hidden(x)
+
+    with pytest.raises(UnsupportedOpError, match="in 1 runs in scripted"):
+        scope_of(nn.Sequential(nn.Linear(4, 4), Inner()), draw(1, 4))
+    with pytest.raises(CompiledModelError):
+        interp.attach(torch.jit.script(nn.Linear(2, 2)))
+
+
+def test_custom_autograd_functions_are_refused():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+    with pytest.raises(UnsupportedOpError, match="cuts a live value off"):
+        scope_of(lambda x: Double.apply(x), draw(1, 4))
+
+
+def test_recurrent_kernels_are_refused():
+    with pytest.raises(UnsupportedOpError, match=r"lstm.*in fn"):
+        scope_of(Call(nn.LSTM(4, 4, batch_first=True).double()), draw(1, 3, 4))
+
+
+def test_a_unit_of_ones_own():
+    x = draw(1, 4)
+    with pytest.raises(UnsupportedOpError, match="sinh"):
+        scope_of(torch.sinh, x)
+    forget = register_unit(torch.sinh, Unit(gain=lambda z: torch.sinh(z) / z))
+    try:
+        scope = scope_of(torch.sinh, x)
+        torch.testing.assert_close(scope.dense(), torch.diag((torch.sinh(x) / x)[0]))
+        assert_checks(scope)
+        assert_checks(scope_of(torch.sinh, x, "exact"))
+        with pytest.raises(ArgumentError, match="sinh"):
+            register_unit(torch.sinh, Unit(piecewise_linear=True))
+    finally:
+        forget()
+    with pytest.raises(UnsupportedOpError, match="sinh"):
+        scope_of(torch.sinh, x)
+
+
+def test_a_rule_of_ones_own_and_a_wrong_one_that_is_found():
+    x = draw(1, 4)
+
+    def honest(tape, call):
+        gain = tape.decide(call, "gain", lambda: (torch.cosh(call.args[0]) / call.args[0]).detach())
+        return Tags.put(gain * call.args[0], {})
+
+    def wrong(tape, call):
+        return Tags.put(call.run(), {})
+
+    for rule, holds in ((honest, True), (wrong, False)):
+        forget = register_unit(torch.cosh, rule)
+        try:
+            if holds:
+                assert_checks(scope_of(torch.cosh, x))
+            else:
+                with pytest.raises(CompletenessError, match="differs from the output"):
+                    scope_of(torch.cosh, x)
+        finally:
+            forget()
