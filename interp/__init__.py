@@ -69,9 +69,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Activations", "Add", "Attribution", "Function", "InterpError", "Intervention", "Layout", "LinearMap",
-    "LinearScope", "Linearization", "LogitLens", "Mean", "Model", "Observable", "Patch", "ProjectOut", "Run", "Scale",
-    "Set", "Site", "Table", "Unit", "Votes", "Zero", "attach", "chart", "direct_attribution", "load", "load_plan", "logit_lens",
-    "register_unit", "save_plan",
+    "LinearScope", "Linearization", "LogitLens", "Mean", "Model", "Observable", "Patch", "ProjectOut", "Run",
+    "Scale", "Set", "Site", "Table", "Unit", "Votes", "Zero", "attach", "chart", "direct_attribution", "load",
+    "load_plan", "logit_lens", "register_unit", "save_plan",
 ]  # fmt: skip
 
 

@@ -120,4 +120,4 @@ def test_every_saved_type_can_be_found_and_drawn_types_are_saved():
 
     for kind, home in _TYPES.items():
         assert hasattr(importlib.import_module(home), kind)
-    assert set(_DRAWN_BY) <= set(_TYPES)
+    assert set(_DRAWN_BY) - {"LinearScope"} <= set(_TYPES), "a scope holds a live model and is not saved"
