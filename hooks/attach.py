@@ -24,7 +24,7 @@ def attach(
         tokenizer: Tokenizer for text inputs; a wrapper's own by default.
         layout: Explicit paths for an architecture that is not recognised; ``modules`` for module paths only.
         check: Scan the weights for NaN, and verify on a few tokens that each site means what it should (once for
-            each configuration).
+            each configuration; hooks of your own on the model fire in that run).
         preprocess: Turns a user's image into the model's input.
         labels: Class names.
         identity: Plain data that says which model this is.

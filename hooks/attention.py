@@ -117,6 +117,12 @@ class AttentionTaps(TorchFunctionMode):
 
     def _score_product(self, path: str, func, args, kwargs):
         query, keys = args[0], args[1]
+        if "baddbmm" in getattr(func, "__name__", "") and self.wanted[path] & {"rot_q", "rot_k"}:
+            raise SiteUnavailableError(
+                f"{path} adds to its scores while it multiplies (baddbmm)",
+                "queries and keys in a product of their own",
+                "set reorder_and_upcast_attn=False in the model's configuration",
+            )  # fmt: skip
         if "rot_q" in self.wanted[path]:
             query = self.tap(path, "rot_q", query)
         if "rot_k" in self.wanted[path]:

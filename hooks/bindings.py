@@ -197,6 +197,8 @@ class Bindings:
                 path = getattr(layout, part)
                 full = path and layout.block(layer, path)
                 fits = full and _features(child(self.module, full), "out") == widths[part] * d
+                if full and not fits and _features(child(self.module, full), "out") % (widths[part] * d):
+                    raise self._widths(full, f"{widths[part]} heads of width {d}, or of a multiple")
                 if full and part == "v" and not fits:
                     # z fixes the width of a head's values: queries and keys may be wider, values may not.
                     raise self._widths(full, f"{widths[part]} heads of width {d}")

@@ -90,8 +90,8 @@ def generate(
     """
     if not callable(getattr(model.module, "generate", None)):
         raise ArgumentError(f"generate on {type(model.module).__name__}", "a Hugging Face model with generate()")
-    if max_new_tokens < 1:
-        raise ArgumentError(f"max_new_tokens={max_new_tokens}", "at least 1")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ArgumentError(f"max_new_tokens={max_new_tokens}", "a whole number, at least 1")
     _check_sampling(do_sample, temperature, top_k, top_p)
     guards.refuse_compiled(model.module)
     guards.refuse_training(model.module)
@@ -111,6 +111,8 @@ def generate(
             max_new_tokens=max_new_tokens,
             pad_token_id=_pad_token(model),
             return_dict_in_generate=False,
+            num_beams=1,
+            num_return_sequences=1,
             **options,
         )
     return _result(model, batch, output, phases)
@@ -139,6 +141,9 @@ class _Phases(ExitStack):
         wanted = [capture] if isinstance(capture, (str, Site)) else list(capture)
         reads = [Read(site, binding) for site, binding in model.resolve(wanted)] if wanted else []
         plan = [plan] if isinstance(plan, Intervention) else list(plan)
+        for step in plan:
+            if not isinstance(step, Intervention):
+                raise InterventionError(f"a plan step of type {type(step).__name__}", "an Intervention")
         first = resolve_plan(model, batch, [s for p in plan if (s := _in_prompt(p)) is not None])
         later = resolve_plan(model, batch, [s for p in plan if (s := _in_generated(p)) is not None])
         for one in (*reads, *first, *later):
@@ -150,7 +155,10 @@ class _Phases(ExitStack):
                     "capture the finished text",
                 )
         keep = lambda site, value: self.pieces.setdefault(str(site), []).append(value)
-        self.sessions = [Session(model.module, reads, edits, on_read=keep, size=batch.size) for edits in (first, later)]
+        self.sessions = [
+            Session(model.module, reads, edits, on_read=keep, size=batch.size, extent=batch.extent)
+            for edits in (first, later)
+        ]
 
     def __enter__(self):
         super().__enter__()

@@ -43,6 +43,16 @@ class Batch:
         """Padded index of each example's first token."""
         return [] if self.mask is None else self.mask.int().argmax(1).tolist()
 
+    @property
+    def extent(self) -> tuple[int, ...] | None:
+        """[batch, pos] of the padded tokens, or None."""
+        return None if self.mask is None else tuple(self.mask.shape)
+
+    @property
+    def padding_side(self) -> str:
+        """``left`` if an example starts behind padding, else ``right``."""
+        return "left" if any(self.starts) else "right"
+
     def positions(self, wanted) -> Tensor:
         """Return padded indices [batch, n] of the wanted positions.
 
@@ -117,6 +127,8 @@ class Reader:
         accepts: Keywords that the forward call takes.
         vocab: Number of token ids, or None.
         context: Longest sequence that learned positions allow, or None.
+        open_ended: Whether the forward call takes any keyword.
+        has_weights: Whether the model has floating-point weights, so that its dtype is its own.
     """
 
     kind: str
@@ -127,6 +139,8 @@ class Reader:
     dtype: torch.dtype
     vocab: int | None = None
     context: int | None = None
+    open_ended: bool = False
+    has_weights: bool = True
 
     def read(self, inputs, padding_side: str | None = None) -> Batch:
         """Return the batch.
@@ -159,6 +173,14 @@ class Reader:
                 f"inputs of type {type(inputs).__name__}",
                 "a tensor, a tuple of arguments or a mapping of keywords",
             )
+        unknown = [k for k in kwargs if k not in self.accepts]
+        if unknown and not self.open_ended:
+            raise InputError(
+                f"keywords {unknown}", f"keywords of the model's forward: {', '.join(sorted(self.accepts))}"
+            )
+        wrong = [v.dtype for v in tensors if v.is_floating_point() and v.dtype != self.dtype]
+        if wrong and self.has_weights:
+            raise InputError(f"a {wrong[0]} tensor", f"{self.dtype}, the model's dtype", f"use .to({self.dtype})")
         if not tensors or tensors[0].ndim == 0 or tensors[0].numel() == 0:
             raise InputError(
                 "inputs without a tensor that has a batch axis", "at least one non-empty tensor [batch, ...]"
@@ -222,7 +244,9 @@ class Reader:
     def _call(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
         kwargs: dict[str, Any] = {"input_ids": ids}
         if not mask.all():
-            left = not mask[:, 0].all()
+            left = not bool(mask[:, 0].all())
+            if left and self.kind == "encoder":
+                raise InputError("left padding", "right padding", "an encoder's learned positions count from the left")
             if "attention_mask" in self.accepts:
                 kwargs["attention_mask"] = mask.long()
             elif left or self.kind != "tokens":

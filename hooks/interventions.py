@@ -39,8 +39,12 @@ class Intervention:
 
         Raises:
             SiteError: If the site does not parse.
-            InterventionError: If the heads are not ints.
+            InterventionError: If the heads are not ints, or heads or positions are named twice.
         """
+        named = Site.parse(self.site)
+        for field_name in ("head", "positions"):
+            if getattr(named, field_name) is not None and getattr(self, field_name) is not None:
+                raise InterventionError(f"{field_name} in the site {self.site} and as an argument", "one of the two")
         self.where  # noqa: B018
 
     @property

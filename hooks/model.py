@@ -3,7 +3,7 @@
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -88,16 +88,15 @@ class Model:
         embed = child(self.module, self.layout.embed) if self.layout else None
         vocab = getattr(embed, "num_embeddings", None)
         pos = child(self.module, self.layout.pos_embed) if self.layout and self.layout.pos_embed else None
+        context, padding = getattr(pos, "num_embeddings", None), getattr(pos, "padding_idx", None)
+        if context is not None and padding is not None:
+            context -= padding + 1  # RoBERTa's positions begin behind the padding's own
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        has_weights = any(p.is_floating_point() for p in self.module.parameters())
         return Reader(
-            kind,
-            self.tokenizer,
-            self.preprocess,
-            accepts,
-            self.device,
-            self.dtype,
-            vocab,
-            getattr(pos, "num_embeddings", None),
-        )
+            kind, self.tokenizer, self.preprocess, accepts, self.device, self.dtype, vocab, context, open_ended,
+            has_weights,
+        )  # fmt: skip
 
     # Sites -----------------------------------------------------------------------------------------------------------
 
@@ -252,7 +251,7 @@ class Model:
         """
         batch = self.batch(inputs, padding_side)
         edits, output = resolve_plan(self, batch, plan), None
-        with Session(self.module, [], edits, size=batch.size):
+        with Session(self.module, [], edits, size=batch.size, extent=batch.extent):
             output = self.forward(batch)
         return main_tensor(output)
 
@@ -293,7 +292,7 @@ class Model:
         with torch.set_grad_enabled(gradient_of is not None):
             free = {r.binding.module for r in reads if r.binding.where.startswith("raw")}
             stop = gradient_of is None and not self._offloaded and free <= self._once
-            session = Session(self.module, reads, edits, stop=stop, size=batch.size)
+            session = Session(self.module, reads, edits, stop=stop, size=batch.size, extent=batch.extent)
             output = None
             with session:
                 output = self.forward(batch)
@@ -357,7 +356,7 @@ def main_tensor(output: Any) -> Tensor:
         InputError: If the model returns no tensor.
     """
     for name in ("logits", "last_hidden_state"):
-        value = getattr(output, name, None)
+        value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
         if isinstance(value, Tensor):
             return value
     while isinstance(output, (tuple, list)) and output:

@@ -68,8 +68,14 @@ def _edit(model: "Model", batch: Batch, step: Intervention, site: Site, binding:
             from_read = Read(from_site, from_binding, model.where(batch, from_binding, wanted))
         else:
             source = _patch_source(model, batch, step, site, from_site, from_binding, wanted)
-    elif isinstance(step, Mean) and step.over is not None:
-        source = _mean(model, step, site)
+    elif isinstance(step, Mean):
+        if "key" in binding.axes:
+            raise InterventionError(
+                f"Mean at {site}, whose rows are over the keys of one text",
+                "a site without a key axis",
+                "Set a pattern",
+            )
+        source = None if step.over is None else _mean(model, step, site)
     return Edit(step, site, binding, where, source, _real(batch, binding, where), from_read)
 
 
@@ -86,7 +92,27 @@ def _patch_site(model: "Model", step: Patch, site: Site) -> tuple[Site, Binding]
     if len(found) != 1:
         raise InterventionError(f"from_site={step.from_site!r} selects {len(found)} sites", "one site")
     one, binding = found[0]
-    return Site(one.address, one.io, one.selector, one.head if one.head is not None else site.head), binding
+    head = one.head
+    if head is None and site.head is not None and binding.head_axis is not None:
+        head = _same_head(model, site, binding)
+    narrowed = Site(one.address, one.io, one.selector, head)
+    return model.resolve(narrowed)[0] if head is not None else (narrowed, binding)
+
+
+def _same_head(model: "Model", site: Site, binding: Binding) -> tuple[int, ...]:
+    """The site's heads at another site: a query head's values are those of its key/value group."""
+    layout, own = model.layout, model.resolve(site.whole)[0][1]
+    assert layout is not None
+    assert own.head_axis is not None
+    assert binding.head_axis is not None
+    kinds = own.axes[own.head_axis], binding.axes[binding.head_axis]
+    if kinds[0] == kinds[1] or layout.n_heads == layout.n_kv_heads:
+        return site.head or ()
+    if kinds == ("head", "kv_head"):
+        return tuple(h // (layout.n_heads // layout.n_kv_heads) for h in site.head or ())
+    raise InterventionError(
+        f"{site} patched from {binding.address}", "the query head to read", "name it, as in '#3', in from_site"
+    )
 
 
 def _check_order(site: Site, binding: Binding, from_site: Site, from_binding: Binding) -> None:
@@ -109,7 +135,7 @@ def _patch_source(
     if isinstance(source, Activations):
         value = _from_captured(model, source, from_site, from_binding, wanted)
     else:
-        source = model.capture(source, from_site, positions=wanted)
+        source = model.capture(source, from_site, positions=wanted, padding_side=batch.padding_side)
         value = source[from_site]
     _check_lengths(batch, source, site, from_binding, wanted)
     return value
@@ -151,6 +177,13 @@ def _check_lengths(batch: Batch, source: Activations, site: Site, binding: Bindi
     if wanted is not None or binding.pos_axis is None or batch.mask is None or source.batch.mask is None:
         return
     theirs = source.batch.lengths * (batch.size if source.batch.size == 1 else 1)
+    starts = source.batch.starts * (batch.size if source.batch.size == 1 else 1)
+    if batch.lengths == theirs and batch.starts != starts:
+        raise InterventionError(
+            f"patch at {site}: the source is padded on another side than the run",
+            "one side",
+            f"capture it with padding_side={batch.padding_side!r}",
+        )
     if batch.lengths != theirs or batch.mask.shape[1] != source.batch.mask.shape[1]:
         raise InterventionError(
             f"patch at {site}: the source has {theirs} tokens, the run has {batch.lengths}", "equal lengths",

@@ -1,5 +1,6 @@
 """One run of a model with hooks: edits and reads at sites, early stop, and removal of exactly what was installed."""
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from interp.hooks.attention import AttentionTaps, eager_attention
 from interp.hooks.bindings import ATTENTION_TAPS, Binding
 from interp.hooks.errors import InterventionError, InterventionNotAppliedError, ModelStateError, SiteError
-from interp.hooks.interventions import Context, Intervention, Patch
+from interp.hooks.interventions import Context, Intervention
 from interp.hooks.layouts import child
 from interp.hooks.site import Site
 from interp.hooks.views import Given, cast, first_tensor, with_first
@@ -108,17 +109,21 @@ class Session(AbstractContextManager):
         keep_graph: Keep autograd graphs in what is read.
         on_read: Called with each value read, instead of keeping it (for runs of several forwards).
         size: Number of examples, so that position embeddings, which models compute once for all, have a row for each.
+        extent: [batch, pos] of token inputs, which a free module's tensor must have where positions are asked for.
     """
 
     def __init__(
         self, module: nn.Module, reads: Sequence[Read], edits: Sequence[Edit] = (), *, stop: bool = False,
         keep_graph: bool = False, on_read: Callable[[Site, Tensor], None] | None = None, size: int | None = None,
+        extent: tuple[int, ...] | None = None,
     ):  # fmt: skip
         self.module, self.reads, self.edits = module, reads, edits
         self.stop, self.keep_graph, self.on_read, self.size = stop, keep_graph, on_read, size
+        self.extent = extent
         self.values: dict[Site, Tensor] = {}
         self.applied: set[int] = set()
         self.active, self.paused = True, False
+        self._thread, self._depth = threading.get_ident(), 0
         self._sources: dict[int, Tensor] = {}
         self._stack = ExitStack()
         self._taps = self._group()
@@ -168,11 +173,31 @@ class Session(AbstractContextManager):
                 self._own(module.register_forward_pre_hook(self._before(path, where), with_kwargs=True))
         if attention:
             self._install_attention(attention)
+        if not self._taps:
+            return
+        # The hooks answer to this thread's outermost call only: a model that is called again from within, or by
+        # another thread, runs as it is.
+        self._own(self.module.register_forward_pre_hook(self._enter_root, prepend=True))
+        self._own(self.module.register_forward_hook(self._leave_root, always_call=True))
+
+    def _enter_root(self, module, args) -> None:
+        if threading.get_ident() == self._thread:
+            self._depth += 1
+
+    def _leave_root(self, module, args, output) -> None:
+        if threading.get_ident() == self._thread:
+            self._depth -= 1
+
+    @property
+    def silent(self) -> bool:
+        """Whether a call that comes in now is none of this session's."""
+        elsewhere = self._depth != 1 or threading.get_ident() != self._thread
+        return not self.active or self.paused or elsewhere
 
     def _install_attention(self, wanted: dict[str, set[str]]) -> None:
         self._stack.enter_context(eager_attention(self.module))
         visit = lambda path, part, value: self._visit(path, part, value, None)
-        taps = AttentionTaps(wanted, visit, lambda: self.paused)
+        taps = AttentionTaps(wanted, visit, lambda: self.silent)
         for path in wanted:
             module = child(self.module, path)
             self._own(module.register_forward_pre_hook(lambda m, a, path=path: taps.enter(path)))  # type: ignore[union-attr]
@@ -215,7 +240,7 @@ class Session(AbstractContextManager):
 
     def _visit(self, path: str, where: str, base: Any, given: Given | None) -> Any:
         """Apply edits and take reads at one tap; return the base, replaced if an edit was made."""
-        if not self.active or self.paused:
+        if self.silent:
             return base
         for binding in self._taps[path, where]:
             for index, edit in enumerate(self.edits):
@@ -225,13 +250,15 @@ class Session(AbstractContextManager):
             for index, edit in enumerate(self.edits):
                 if edit.from_read is not None and edit.from_read.binding == binding:
                     value = binding.view.get(base, given)
-                    self._sources[index] = (
-                        Selection(binding, edit.from_read.site.head, edit.from_read.where).get(value).clone()
-                    )
+                    selection = Selection(binding, edit.from_read.site.head, edit.from_read.where)
+                    self._check_extent(selection, value)
+                    self._sources[index] = selection.get(value).clone()
             for read in self.reads:
                 if read.binding == binding:
                     value = binding.view.get(base, given)
-                    self._take(read, Selection(binding, read.site.head, read.where).get(value))
+                    selection = Selection(binding, read.site.head, read.where)
+                    self._check_extent(selection, value)
+                    self._take(read, selection.get(value))
         # Of several products in front of a softmax the last counts, so the first is no place to stop.
         if (
             self.stop
@@ -267,6 +294,7 @@ class Session(AbstractContextManager):
         if not isinstance(full, Tensor):
             raise SiteError(f"{edit.site} gives a {type(full).__name__}", "a tensor", "add a selector")
         selection = Selection(edit.binding, edit.site.head, edit.where)
+        self._check_extent(selection, full)
         source = edit.source
         if edit.from_read is not None:
             if index not in self._sources:
@@ -283,6 +311,17 @@ class Session(AbstractContextManager):
             self.paused = False
         self.applied.add(index)
         return edit.binding.view.put(base, selection.put(full, new), given)
+
+    def _check_extent(self, selection: Selection, value: Tensor) -> None:
+        """A free module's tensor has token positions only if it is [batch, pos, ...] of the inputs."""
+        if selection.where is None or not selection.binding.where.startswith("raw"):
+            return
+        if value.ndim != 3 or tuple(value.shape[:2]) != self.extent:
+            raise SiteError(
+                f"positions at {selection.binding.address}, which gives {list(value.shape)}",
+                f"a tensor [batch, pos, width] with [batch, pos] = {list(self.extent or ())}",
+                "read all of it and select yourself",
+            )
 
     def _check_all_ran(self) -> None:
         missed = [str(edit.site) for index, edit in enumerate(self.edits) if index not in self.applied]
@@ -314,8 +353,3 @@ def _main(output: Any, path: str) -> tuple[Any, Callable[[Tensor], Any]]:
     if path == "" and hasattr(output, "logits"):
         return output.logits, lambda new: type(output)(**{**output, "logits": new})
     return first_tensor(output), lambda new: with_first(output, new)
-
-
-def needs_this_run(step: Intervention) -> bool:
-    """Whether a step reads its source from the run that it changes."""
-    return isinstance(step, Patch) and step.source is None

@@ -80,7 +80,7 @@ class Site:
         return cls(**_read(match))
 
     def at(self, *, head=None, positions=None) -> "Site":
-        """Return this site narrowed to heads and positions that it does not name yet."""
+        """Return this site at other heads and positions; None keeps its own."""
         return replace(
             self,
             head=self.head if head is None else head,

@@ -1,7 +1,8 @@
 """Token tables and chat templates."""
 
+import operator
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 from interp.hooks.errors import InputError, TokenError
 from interp.hooks.table import Table
@@ -16,7 +17,13 @@ def token_table(model: "Model", text, chat: bool = False) -> Table:
     Raises:
         InputError: If there is no tokenizer, the text is empty, or there is no chat template.
     """
-    ids = chat_ids(model, text) if chat else model.batch(text).ids[0].tolist()  # type: ignore[index]
+    if chat:
+        ids = chat_ids(model, text)
+    else:
+        batch = model.batch(text)
+        if batch.size != 1 or batch.ids is None:
+            raise InputError(f"{batch.size} texts", "one text", "make a table for each")
+        ids = batch.ids[0].tolist()
     rows = [{"position": i, "id": int(t), "token": model.tokenizer.decode([t])} for i, t in enumerate(ids)]
     return Table(rows, f"{len(rows)} tokens")
 
@@ -40,7 +47,7 @@ def chat_ids(model: "Model", messages) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def token_id(model: "Model", token: str | int) -> int:
+def token_id(model: "Model", token: str | SupportsIndex) -> int:
     """Return the id of a token, given as an id or as a string that encodes to exactly one.
 
     A string is encoded without special tokens. ``" she"`` and ``"she"`` are different tokens; a warning says so where
@@ -56,6 +63,8 @@ def token_id(model: "Model", token: str | int) -> int:
         5099
     """
     vocab = model.reader.vocab
+    if not isinstance(token, (str, bool)) and hasattr(token, "__index__"):
+        token = operator.index(token)
     if isinstance(token, int) and not isinstance(token, bool):
         if token < 0 or (vocab is not None and token >= vocab):
             raise TokenError(f"token id {token}", f"an id in 0..{(vocab or 0) - 1}")

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from interp.hooks import guards
 from interp.hooks.activations import Activations
 from interp.hooks.errors import LayoutError
-from interp.hooks.inputs import Batch
 from interp.hooks.interventions import Function
 from interp.hooks.layouts import child
 from interp.hooks.table import Table
@@ -50,7 +49,7 @@ def once(model: "Model") -> None:
     for row in identities(model, sorted({0, last // 2, last})):
         if not row["holds"]:
             raise LayoutError(
-                f"layout {model.family!r}: {row['identity']} is off by {row['error']:.1e} (relative)",
+                f"layout {model.family!r}: {row['identity']} is off by {row['error']:.1e} (relative){row['shapes']}",
                 f"at most {row['tolerance']:.0e}",
                 "give explicit paths with layout=interp.Layout(...), or layout='modules' for module paths only",
             )  # fmt: skip
@@ -60,7 +59,10 @@ def once(model: "Model") -> None:
 def _key(model: "Model") -> str:
     config = model.config
     text = config.to_json_string() if hasattr(config, "to_json_string") else repr(config)
-    kinds = " ".join(sorted({f"{type(m).__module__}.{type(m).__qualname__}" for m in model.module.modules()}))
+    kinds = " ".join(
+        f"{name}:{type(m).__module__}.{type(m).__qualname__}{':patched' * ('forward' in m.__dict__)}"
+        for name, m in model.module.named_modules()
+    )
     return hashlib.sha256(f"{kinds} {model.layout} {model.dtype} {text}".encode()).hexdigest()
 
 
@@ -80,16 +82,19 @@ def identities(model: "Model", layers: list[int] | None = None, inputs=None) -> 
     acts = model.capture(inputs, sites)
     tolerance = _TOLERANCE.get(model.dtype, 4e-2)
     found: dict[str, float] = {}
+    shapes: dict[str, str] = {}
     for name, left, right in chain(claims(model, acts, layers), _queries(model, acts, layers[0], inputs)):
         scale = right.abs().max().clamp(min=1e-6) if torch.isfinite(right).all() else torch.tensor(1.0)
-        error = (
-            float((left.double() - right.double()).abs().max() / scale.double())
-            if left.shape == right.shape
-            else float("inf")
-        )
+        if left.shape != right.shape:
+            shapes[name], found[name] = f": {list(left.shape)} against {list(right.shape)}", float("inf")
+            continue
+        error = float((left.double() - right.double()).abs().max() / scale.double())
         found[name] = max(found.get(name, 0.0), error if error == error else float("inf"))
     return Table(
-        [{"identity": n, "error": e, "tolerance": tolerance, "holds": e <= tolerance} for n, e in found.items()]
+        [
+            {"identity": n, "error": e, "tolerance": tolerance, "holds": e <= tolerance, "shapes": shapes.get(n, "")}
+            for n, e in found.items()
+        ]
     )
 
 
@@ -316,8 +321,3 @@ def _linear(model, path: str, x: Tensor) -> Tensor:
     out = x @ linear_weight(module, path).float().T
     bias = linear_bias(module)
     return out if bias is None else out + bias.float()
-
-
-def batch_of(model: "Model") -> Batch:
-    """The few tokens (or the image) on which an attached model is verified."""
-    return model.batch(_inputs(model))

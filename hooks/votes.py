@@ -43,6 +43,11 @@ class Votes:
         return abs(self.total + self.residual - self.value) / max(self.abs_total + abs(self.residual), 1e-30)
 
     @property
+    def value_error(self) -> float:
+        """|votes + residual - value| relative to the value: what cancellation leaves of the precision."""
+        return abs(self.total + self.residual - self.value) / max(abs(self.value), 1e-30)
+
+    @property
     def cancellation(self) -> float:
         """Sum of absolute votes over the absolute sum: how much votes cancel."""
         return self.abs_total / max(abs(self.total), 1e-30)

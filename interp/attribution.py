@@ -165,6 +165,10 @@ def direct_attribution(
         >>> abs(found.total - found.measurement) < 1e-4
         True
     """
+    if not isinstance(observable, Observable):
+        raise ArgumentError(
+            f"an observable of type {type(observable).__name__}", "an Observable", "Observable.logit(...)"
+        )
     if unit not in ("component", "head"):
         raise ArgumentError(f"unit={unit!r}", "'component' or 'head'")
     _check_readout(model)
@@ -172,13 +176,14 @@ def direct_attribution(
     if batch.size != 1:
         raise ArgumentError(f"{batch.size} prompts", "one")
     acts = model.capture(batch, _sites(model), positions=position, plan=plan)
+    _check_seen(model, observable, acts)
     reader = _Reader(model, observable, acts)
     found = reader.attribute(unit, int(batch.positions(position)[0, 0]))
     limit = _TOLERANCE.get(model.dtype, 2e-2)
     if not found.completeness_error <= limit:
         raise CompletenessError(
-            f"contributions sum to {found.total:.6g}, measurement is {found.measurement:.6g} "
-            f"(relative {found.completeness_error:.1e})",
+            f"contributions without rounding sum to {found.total - found.rounding:.6g}, measurement is "
+            f"{found.measurement:.6g} (relative {found.completeness_error:.1e})",
             f"at most {limit:.0e}",
             f"largest: {', '.join(r['component'] for r in found.top(3))}",
         )
@@ -195,9 +200,23 @@ def _check_readout(model: Model) -> None:
         )
 
 
+def _check_seen(model: Model, observable: Observable, acts: Activations) -> None:
+    """Refuse a plan that changes the logits behind the unembedding, where attribution does not look."""
+    raw, final = (observable.measure(acts[s][0, 0].float()) for s in ("unembed.hook_out", "logits"))
+    layout = model.layout
+    if layout is None or layout.logit_softcap is not None:
+        return
+    expected = raw * layout.logit_scale
+    if not torch.isclose(expected, final, rtol=1e-2, atol=1e-2):
+        raise ArgumentError(
+            f"logits that measure {final:.4g}, from an unembedding that measures {expected:.4g}",
+            "a plan in front of the unembedding",
+        )
+
+
 def _sites(model: Model) -> list[str]:
     known = model.bindings.by_address  # type: ignore[union-attr]
-    names = ["hook_embed", "hook_pos_embed", "hook_type_embed", "ln_final.hook_scale", "unembed.hook_out"]
+    names = ["hook_embed", "hook_pos_embed", "hook_type_embed", "ln_final.hook_scale", "unembed.hook_out", "logits"]
     last = f"blocks.{model.n_layers - 1}.hook_resid_post"
     for layer in range(model.n_layers):
         block = f"blocks.{layer}"

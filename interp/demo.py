@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from interp.attribution import direct_attribution
+from interp.attribution import Attribution, direct_attribution
 from interp.hooks.attach import load
 from interp.hooks.errors import ArgumentError
 from interp.hooks.linear_scope import LinearScope
 from interp.hooks.model import Model
 from interp.hooks.table import Table
 from interp.hooks.text import token_id
+from interp.hooks.votes import Votes
 from interp.lens import logit_lens
 from interp.observables import Observable
 from interp.runs import Run
@@ -126,10 +127,8 @@ def _prompt(run: Run, model: Model, spec: PromptSpec, name: str, progress: Progr
     votes = scope.votes(target, margin_to=foil)
     run.save(f"{name}-votes", votes)
     return [
-        _row(
-            name, "heads + MLPs + embedding + constant", label, attribution.measurement, attribution.completeness_error
-        ),
-        _row(name, "token votes + r", label, votes.value, votes.completeness_error),
+        _row(name, "heads + MLPs + embedding + constant", label, attribution),
+        _row(name, "token votes + r", label, votes),
     ]
 
 
@@ -156,19 +155,22 @@ def _image(run: Run, model: Model, pixels: torch.Tensor, progress: Progress) -> 
     votes, margin = scope.votes(first), scope.votes(first, margin_to=second)
     run.save("image-votes", votes)
     run.save("image-margin", margin)
-    return [
-        _row("image", "pixel votes + r", labels[first], votes.value, votes.completeness_error, votes.bias_share),
-        _row(
-            "image",
-            "pixel votes + r",
-            f"{labels[first]} - {labels[second]}",
-            margin.value,
-            margin.completeness_error,
-            margin.bias_share,
-        ),
+    rows = [
+        _row("image", "pixel votes + r", labels[first], votes),
+        _row("image", "pixel votes + r", f"{labels[first]} - {labels[second]}", margin),
     ]
+    return [row | {"share of r": found.bias_share} for row, found in zip(rows, (votes, margin), strict=True)]
 
 
-def _row(where: str, parts: str, of: str, value: float, error: float, share: float | None = None) -> dict[str, Any]:
-    row = {"where": where, "parts": parts, "of": of, "value": value, "completeness error": error}
-    return row if share is None else row | {"share of r": share}
+def _row(where: str, parts: str, of: str, found: Attribution | Votes) -> dict[str, Any]:
+    """One check: the network's value, and what is missing of it, relative to all terms and to the value."""
+    row: dict[str, Any] = {"where": where, "parts": parts, "of": of}
+    if isinstance(found, Votes):
+        return row | {
+            "value": found.value,
+            "completeness error": found.completeness_error,
+            "of value": found.value_error,
+        }
+    missing = abs(found.total - found.measurement) / max(abs(found.measurement), 1e-30)
+    row |= {"value": found.measurement, "completeness error": found.completeness_error, "of value": missing}
+    return row | ({"note": found.note} if found.note else {})

@@ -103,11 +103,16 @@ def logit_lens(model: Model, prompt: Any, follow: Sequence[str | int] = (), k: i
             f"logit lens on {type(model.module).__name__} ({model.family})", "a final norm and an unembedding"
         )
     batch = model.batch(prompt)
+    if isinstance(follow, str):
+        raise ArgumentError(f"follow={follow!r}", "a list of tokens")
     if batch.size != 1 or not 1 <= k <= (model.reader.vocab or k):
         raise ArgumentError(f"{batch.size} prompts and k={k}", f"one prompt and k in 1..{model.reader.vocab}")
     ids = [token_id(model, t) for t in follow]
     names = ["blocks.0.hook_resid_pre", *(f"blocks.{i}.hook_resid_post" for i in range(model.n_layers))]
-    acts = model.capture(batch, names, plan=plan)
+    acts = model.capture(batch, [*names, "logits"], plan=plan)
+    readout = _logits(model, acts[names[-1]][0])
+    if not torch.allclose(readout, acts["logits"][0].float(), rtol=1e-2, atol=1e-2 * float(readout.abs().max())):
+        raise ArgumentError("logits that are not the last stream's readout", "a plan in front of the final norm")
     rows = [_read(model, acts[name][0], ids, k) for name in names]
     top_p, top_i, entropy, ranks, probabilities = (torch.stack(column) for column in zip(*rows, strict=True))
     decode = (lambda i: model.tokenizer.decode([i])) if model.tokenizer is not None else str
@@ -120,7 +125,8 @@ def logit_lens(model: Model, prompt: Any, follow: Sequence[str | int] = (), k: i
     )  # fmt: skip
 
 
-def _read(model: Model, stream: Float[Tensor, "pos d_model"], follow: list[int], k: int) -> tuple[Tensor, ...]:
+def _logits(model: Model, stream: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos vocab"]:
+    """W_U N(x) + b_U with the model's scale and soft-cap, in float32."""
     layout, norm = model.layout, model.bindings.norms["ln_final"]  # type: ignore[union-attr]
     head = child(model.module, layout.unembed)  # type: ignore[union-attr, arg-type]
     weight, bias = linear_weight(head, layout.unembed), linear_bias(head)  # type: ignore[union-attr, arg-type]
@@ -128,6 +134,11 @@ def _read(model: Model, stream: Float[Tensor, "pos d_model"], follow: list[int],
     logits = ((logits if bias is None else logits + bias) * layout.logit_scale).float()  # type: ignore[union-attr]
     if layout.logit_softcap is not None:  # type: ignore[union-attr]
         logits = layout.logit_softcap * torch.tanh(logits / layout.logit_softcap)  # type: ignore[union-attr]
+    return logits
+
+
+def _read(model: Model, stream: Float[Tensor, "pos d_model"], follow: list[int], k: int) -> tuple[Tensor, ...]:
+    logits = _logits(model, stream)
     log_p = torch.log_softmax(logits, -1)
     p, i = log_p.exp().topk(k, -1)
     entropy = -(log_p.exp() * log_p).nansum(-1)

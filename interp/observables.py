@@ -4,7 +4,6 @@ Source: Dunefsky & Cohan, "Observable Propagation: Uncovering Feature Vectors in
 (arXiv 2312.16291).
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,12 +109,13 @@ class Observable:
         return cls(name or f"{list(positive)} - {list(negative)}", ids, tuple(weights) if weights else tuple(signs))
 
     @classmethod
-    def from_vector(cls, vector: Float[Tensor, "vocab"], *, name: str = "vector") -> "Observable":
+    def from_vector(cls, vector: Any, *, name: str = "vector") -> "Observable":
         """Return m = vector · logits.
 
         Raises:
             ArgumentError: If the vector is not one-dimensional, or zero.
         """
+        vector = torch.as_tensor(vector)
         if vector.ndim != 1:
             raise ArgumentError(f"an observable vector of shape {list(vector.shape)}", "[vocab]")
         return cls(name, vector=vector.detach().clone())
@@ -135,6 +135,8 @@ class Observable:
         if self.vector is not None:
             self._check_vocab(logits.shape[-1])
             return logits @ self.vector.to(logits)
+        if max(self.ids) >= logits.shape[-1]:
+            raise ArgumentError(f"token id {max(self.ids)}", f"ids below {logits.shape[-1]}")
         return logits[..., list(self.ids)] @ torch.tensor(self.weights).to(logits)
 
     def __call__(self, logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
@@ -163,13 +165,6 @@ class Observable:
             w = n @ weight.detach()[ids].float()
             offset = 0.0 if bias is None else float(n @ bias.detach()[ids].float())
         return w * layout.logit_scale, offset * layout.logit_scale
-
-    def warn_if_shifted(self, model: Model) -> None:
-        """Warn where the observable is not zero-sum and the logits may carry a common shift."""
-        if not self.is_zero_sum and getattr(model.config, "centered_unembed", False):
-            warnings.warn(
-                f"observable {self.name!r} is not zero-sum and this model's unembedding was centred", stacklevel=3
-            )
 
     def _check_vocab(self, size: int) -> None:
         if self.vector is not None and len(self.vector) != size:

@@ -85,6 +85,8 @@ CASES = {
         "Gemma3ForCausalLM", "Gemma3TextConfig", _llama(**_GEMMA, final_logit_softcapping=3.0),
     ),
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", _llama()),
+    "phi": ("PhiForCausalLM", "PhiConfig", _llama(partial_rotary_factor=0.5)),
+    "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", _llama(use_bias=True)),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", _llama()),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", _llama(num_local_experts=3, num_experts_per_tok=2)),
     "cohere": ("CohereForCausalLM", "CohereConfig", _llama(logit_scale=0.5, use_qk_norm=True)),

@@ -95,7 +95,7 @@ def test_a_wrong_part_is_caught(monkeypatch):
     model, ids = model_and_ids("llama")
     right = attribution.linear_weight
     monkeypatch.setattr(attribution, "linear_weight", lambda m, p: right(m, p).roll(1, 1))
-    with pytest.raises(CompletenessError, match="contributions sum to"):
+    with pytest.raises(CompletenessError, match="contributions without rounding sum to"):
         interp.direct_attribution(model, weighted(model), ids)
 
 

@@ -12,7 +12,7 @@ from interp.hooks.layouts import recognise
 from tests.cases import BASE_CLASS, CASES, build, inputs_for
 
 KIND = {
-    "neox-parallel": "parallel", "gpt-j": "parallel", "cohere": "parallel", "gemma2": "post-norm branches",
+    "neox-parallel": "parallel", "gpt-j": "parallel", "phi": "parallel", "cohere": "parallel", "gemma2": "post-norm branches",
     "gemma3": "post-norm branches", "olmo2": "post-norm branches", "bert": "post-LN",
 }  # fmt: skip
 

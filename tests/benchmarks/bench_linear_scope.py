@@ -1,0 +1,157 @@
+"""Speed and memory of LinearScope against what one would write by hand; ratios in one process, interleaved.
+
+python -m tests.benchmarks.bench_linear_scope        # writes docs/benchmarks/linear_scope.md
+"""
+
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import interp
+from tests.benchmarks.bench_hooks import PROMPT, interleaved
+
+N = 32
+
+
+def photograph():
+    from sklearn.datasets import load_sample_images
+
+    return load_sample_images().images[0]
+
+
+def columns():
+    """32 columns of Lite0 at 96 pixels: replay without constants, jvp one by one, and jvp under vmap."""
+    model = interp.load("efficientnet-lite0")
+    x = torch.nn.functional.interpolate(model.preprocess(photograph()), size=96, mode="bilinear")
+    scope = interp.LinearScope(model, x)
+    made = torch.Generator().manual_seed(0)
+    probes = torch.zeros(N, *x.shape[1:])
+    probes.view(N, -1)[torch.arange(N), torch.randperm(probes[0].numel(), generator=made)[:N]] = 1.0
+    module = model.module
+
+    def one(v):
+        return torch.func.jvp(module, (x,), (v[None],))[1]
+
+    def replay(chunk):
+        return torch.cat([scope.matvec(p) for p in probes.split(chunk)])
+
+    with torch.no_grad():
+        wanted = torch.cat([one(v) for v in probes])
+        assert (replay(16) - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+        return interleaved(
+            {
+                "`torch.func.jvp`, one by one": lambda: [one(v) for v in probes],
+                "`vmap(jvp)`, chunks of 8": lambda: torch.vmap(one, chunk_size=8)(probes),
+                "`LinearScope.matvec`, chunks of 16": lambda: replay(16),
+            },
+            rounds=5,
+        )
+
+
+def rows(of: str):
+    """64 rows: LinearScope.rows against a loop of `autograd.grad` over one kept graph."""
+    if of == "image":
+        model = interp.load("efficientnet-lite0")
+        x = model.preprocess(photograph())
+        scope = interp.LinearScope(model, x)
+        leaf = x.clone().requires_grad_()
+        out = model.module(leaf)
+        seeds = [out[0, k] for k in range(64)]
+        indices = range(64)
+    else:
+        model = interp.load("smollm2-135m")
+        scope = interp.LinearScope(model, PROMPT, "exact", output="blocks.29.hook_resid_post")
+        leaf = scope.x.clone().requires_grad_()
+        acts = {}
+        handle = model.module.model.layers[29].register_forward_hook(lambda m, a, out: acts.update(y=out))
+        try:
+            model.module.model(inputs_embeds=leaf)
+        finally:
+            handle.remove()
+        seeds = [acts["y"][0, -1, k] for k in range(64)]
+        indices = [(scope.out_shape[0] - 1, k) for k in range(64)]
+    loop = lambda: torch.cat([torch.autograd.grad(s, leaf, retain_graph=True)[0] for s in seeds])
+    call = lambda: scope.rows(indices)
+    wanted = loop()
+    assert (call() - wanted).abs().max() <= 1e-3 * wanted.abs().max()
+    return interleaved({"loop over a kept graph": loop, "`LinearScope.rows`": call}, rounds=3)
+
+
+def peak(what: str) -> float:
+    """Peak resident MiB of a process of its own that makes 64 rows of Lite0, by a loop or by LinearScope."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.bench_linear_scope", what], capture_output=True, text=True, check=True
+    )
+    return float(done.stdout.split()[-1])
+
+
+def child(what: str) -> None:
+    torch.set_num_threads(2)
+    model = interp.load("efficientnet-lite0")
+    x = model.preprocess(photograph())
+    if what == "loop":
+        leaf = x.requires_grad_()
+        out = model.module(leaf)
+        torch.cat([torch.autograd.grad(out[0, k], leaf, retain_graph=True)[0] for k in range(64)])
+    else:
+        interp.LinearScope(model, x).rows(range(64))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def completeness():
+    """Largest |F x + r - y| over the sum of absolute terms of each logit, Lite0 in float32 and float64."""
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        model = interp.load("efficientnet-lite0", dtype=dtype)
+        votes = interp.LinearScope(model, model.preprocess(photograph()).to(dtype)).votes("palace")
+        found[str(dtype).removeprefix("torch.")] = votes.completeness_error
+    return found
+
+
+def table(title: str, times: dict[str, float], baseline: str) -> list[str]:
+    lines = [f"{title}:", "", f"| way | ms | ratio to {baseline} |", "|---|---|---|"]
+    base = next(iter(times.values()))
+    return [*lines, *(f"| {name} | {1e3 * s:.0f} | {s / base:.2f} |" for name, s in times.items()), ""]
+
+
+def test_benchmark_linear_scope():
+    assert main()
+
+
+def main() -> str:
+    torch.set_num_threads(2)
+    lines = [
+        "# LinearScope against hand-written code",
+        "",
+        f"`python -m tests.benchmarks.bench_linear_scope`, float32, {platform.machine()} CPU with 2 cores, "
+        f"torch {torch.__version__} with 2 threads. Medians of interleaved rounds in one process.",
+        "",
+        *table(f"{N} columns of EfficientNet-Lite0 at 96 x 96", columns(), "the loop"),
+        *table("64 rows of EfficientNet-Lite0 at 224 x 224", rows("image"), "the loop"),
+        *table("64 rows of SmolLM2-135M (14 tokens, embeddings to the last stream, exact)", rows("text"), "the loop"),
+    ]
+    loop, scope = peak("loop"), peak("scope")
+    lines += [
+        f"Peak resident memory of a process that makes the 64 image rows: {loop:.0f} MiB by the loop, "
+        f"{scope:.0f} MiB by LinearScope ({scope - loop:+.0f}).",
+        "",
+        "Completeness error of the votes for one logit of Lite0, relative to the sum of absolute terms: "
+        + ", ".join(f"{error:.1e} in {dtype}" for dtype, error in completeness().items())
+        + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        child(sys.argv[1])
+    else:
+        text = main()
+        target = Path("docs/benchmarks/linear_scope.md")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+        print(text)
