@@ -12,8 +12,8 @@ from interp.hooks.layouts import recognise
 from tests.cases import BASE_CLASS, CASES, build, inputs_for
 
 KIND = {
-    "neox-parallel": "parallel", "gpt-j": "parallel", "phi": "parallel", "cohere": "parallel", "gemma2": "post-norm branches",
-    "gemma3": "post-norm branches", "olmo2": "post-norm branches", "bert": "post-LN",
+    **dict.fromkeys(("neox-parallel", "gpt-j", "phi", "cohere"), "parallel"),
+    **dict.fromkeys(("gemma2", "gemma3", "olmo2"), "post-norm branches"), "bert": "post-LN",
 }  # fmt: skip
 
 

@@ -189,16 +189,19 @@ def test_votes_in_half_precision_can_fail():
         scope.votes(5)
 
 
+IMAGE = torch.ones(1, 3, 6, 6)
 BAD = {
-    "a float64 image": (lambda: interp.attach(build_cnn()).run(torch.ones(1, 3, 6, 6).double()), InputError, "float64"),
-    "an unknown keyword": (lambda: interp.attach(build_cnn()).run({"y": torch.ones(1, 3, 6, 6)}), InputError, r"\['y'\]"),
+    "a float64 image": (lambda: interp.attach(build_cnn()).run(IMAGE.double()), InputError, "float64"),
+    "an unknown keyword": (lambda: interp.attach(build_cnn()).run({"y": IMAGE}), InputError, r"\['y'\]"),
     "heads twice": (lambda: interp.Zero("blocks.0.attn.hook_z#1", head=2), InterventionError, "head in the site"),
     "half a token": (lambda: attached("llama").generate(IDS, max_new_tokens=2.5), ArgumentError, "whole number"),
     "a plan of letters": (lambda: attached("llama").generate(IDS, plan="x"), InterventionError, "type str"),
     "an observable of letters": (
         lambda: interp.direct_attribution(attached("llama"), " Mary", IDS[:1]), ArgumentError, "type str",
     ),
-    "follow a string": (lambda: interp.logit_lens(attached("llama"), IDS[:1], " Mary"), ArgumentError, "a list of tokens"),
+    "a string to follow": (
+        lambda: interp.logit_lens(attached("llama"), IDS[:1], " Mary"), ArgumentError, "a list of tokens",
+    ),
     "a token beyond": (
         lambda: interp.Observable("x", (999,), (1.0,)).measure(torch.zeros(61)), ArgumentError, "token id 999",
     ),
