@@ -10,29 +10,7 @@ from interp.hooks.errors import ArgumentError, CompiledModelError, CompletenessE
 from interp.hooks.rules import register_unit
 from interp.hooks.tape import Tags
 from interp.hooks.units import Unit
-
-
-class Call(nn.Module):
-    def __init__(self, fn):
-        super().__init__()
-        self.fn = fn
-
-    def forward(self, x):
-        return self.fn(x)
-
-
-def draw(*shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-
-
-def scope_of(fn, x, linearization="frozen"):
-    module = fn if isinstance(fn, nn.Module) else Call(fn)
-    return interp.LinearScope(interp.attach(module.to(x.dtype).eval(), check=False), x, linearization)
-
-
-def assert_checks(scope, tolerance=1e-10):
-    for row in scope.check():
-        assert row["error"] <= tolerance, row
+from tests.nets import Call, assert_checks, draw, scope_of
 
 
 def attention_module(**options):

@@ -15,35 +15,7 @@ from interp.hooks.errors import (
     TrainModeError,
     UnsupportedOpError,
 )
-
-GENERATOR = torch.Generator()
-
-
-class Call(nn.Module):
-    """A function of the input as a network."""
-
-    def __init__(self, fn, **parts):
-        super().__init__()
-        self.fn = fn
-        for name, part in parts.items():
-            self.add_module(name, part)
-
-    def forward(self, x):
-        return self.fn(x)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=GENERATOR.manual_seed(seed))
-
-
-def scope_of(fn, x, linearization="frozen", **options):
-    module = fn if isinstance(fn, nn.Module) else Call(fn)
-    return interp.LinearScope(interp.attach(module.to(x.dtype).eval(), check=False), x, linearization, **options)
-
-
-def assert_checks(scope, tolerance=1e-11):
-    for row in scope.check():
-        assert row["error"] <= tolerance, row
+from tests.nets import Call, assert_checks, draw, scope_of
 
 
 def jacobian(module, x):

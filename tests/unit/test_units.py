@@ -8,28 +8,7 @@ from torch import nn
 import interp
 from interp.hooks.errors import ArgumentError
 from interp.hooks.units import UNITS
-
-
-class Call(nn.Module):
-    """A function of the input as a network."""
-
-    def __init__(self, fn):
-        super().__init__()
-        self.fn = fn
-
-    def forward(self, x):
-        return self.fn(x)
-
-
-def scope_of(fn, x, linearization="frozen"):
-    module = fn if isinstance(fn, nn.Module) else Call(fn)
-    return interp.LinearScope(interp.attach(module.to(x.dtype).eval(), check=False), x, linearization)
-
-
-def assert_checks(scope, tolerance=1e-12):
-    for row in scope.check():
-        assert row["error"] <= tolerance, row
-
+from tests.nets import assert_checks, scope_of
 
 Z = torch.tensor([[-7.0, -2.0, -0.7, -1e-3, 1e-3, 0.4, 1.0, 2.5, 6.5]], dtype=torch.float64)
 SPELLED = {
