@@ -274,8 +274,9 @@ class LinearScope(LinearMap):
     def bias_report(self, target: Any, margin_to: Any = None, *, position: int = -1) -> BiasReport:
         """Return which call put what into r: r · w = Σ <G, c>, c a call's constant, G the gradient at its output.
 
-        Constants are biases, normalisation shifts, offsets of units, learned positions inside the network, and
-        whatever else is added to the live value. One replay and one backward pass.
+        Another origin o of the input space adds one term, F o. Constants are biases, normalisation shifts, offsets of
+        units, learned positions inside the network, and whatever else is added to the live value. One replay and one
+        backward pass.
 
         Args:
             target: As for `votes`.
@@ -286,7 +287,9 @@ class LinearScope(LinearMap):
             CompletenessError: If the terms do not sum to r · w.
         """
         w, name = self._direction_and_name(target, margin_to, position)
-        report = report_biases(self.network.constants(w), float((w.double() * self.r[0].double()).sum()), name)
+        moved = (self.rmatvec(w) * self.origin[0]).detach()
+        residual = float((w.double() * self.r[0].double()).sum() + moved.double().sum())
+        report = report_biases(self.network.constants(w), residual, name, moved)
         if report.completeness_error > self.tolerance:
             raise CompletenessError(
                 f"constants sum to {report.total:.6g}, r is {report.residual:.6g} for {name}",

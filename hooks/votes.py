@@ -136,13 +136,18 @@ def _spatial(product: Tensor) -> Tensor:
     return flat.sum(-1) if flat.ndim else flat
 
 
-def report_biases(terms: list[tuple["Constant", Tensor]], residual: float, target: str) -> BiasReport:
-    """Return the report of constants and the gradients at their outputs."""
+def report_biases(terms: list[tuple["Constant", Tensor]], residual: float, target: str, origin: Tensor) -> BiasReport:
+    """Return the report of constants and the gradients at their outputs, and of what the origin adds (Fᵀ w ⊙ o)."""
     values, maps = [], []
     for constant, gradient in terms:
         product = gradient.double() * constant.value.double().expand_as(gradient)
         values.append(product.sum())
         maps.append(_spatial(product).float())
-    stacked = torch.stack(values) if values else torch.zeros(0, dtype=torch.float64)
     modules, ops = [c.path for c, _ in terms], [c.op for c, _ in terms]
+    if origin.any():
+        values.append(origin.double().sum().cpu())
+        maps.append(_spatial(origin[None].double()).float())
+        modules.append("(origin of the input space)")
+        ops.append("F o")
+    stacked = torch.stack(values) if values else torch.zeros(0, dtype=torch.float64)
     return BiasReport(modules, ops, stacked, maps, residual, target)

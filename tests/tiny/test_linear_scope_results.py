@@ -53,6 +53,17 @@ def test_constants_for_a_margin_and_a_network_without_any():
     assert (report.total, len(report.to_records())) == (0, 0)
 
 
+def test_another_origin_is_one_more_term():
+    net, x = build_cnn(), torch.randn(1, 3, 6, 6)
+    plain = interp.LinearScope(interp.attach(net), x)
+    moved = interp.LinearScope(interp.attach(net), x, origin=torch.full((3, 6, 6), 0.3))
+    report = moved.bias_report(2)
+    assert report.residual == pytest.approx(moved.votes(2).residual, rel=1e-5)
+    assert report.modules[-1] == "(origin of the input space)"
+    assert report.values[-1] == pytest.approx(float(plain.rows([2])[0].sum() * 0.3), rel=1e-4)
+    assert len(report.values) == len(plain.bias_report(2).values) + 1
+
+
 # Outputs at sites ---
 
 
