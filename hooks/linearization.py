@@ -26,7 +26,8 @@ class Linearization:
             ``gain`` v -> (f(z)/z) v. Piecewise-linear units always take the tangent.
         norm: ``tangent`` differentiates the divisor; ``frozen`` holds it at its value.
         attention: ``tangent`` differentiates the pattern; ``frozen`` holds it.
-        product: Two live factors a·b: ``tangent``; ``gate`` holds the factor that is an activation's output;
+        product: Two live factors a·b: ``tangent``; ``gate`` holds the factor that is an activation's output
+            (of two, a sigmoid before a tanh before any other);
             ``split`` averages holding the one and the other.
         overrides: Mode of element-wise units by module path glob or type name
             (``tangent``, ``gain``, ``chord``, ``constant``).

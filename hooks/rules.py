@@ -14,7 +14,7 @@ from torch import Tensor
 
 from interp.hooks import calls
 from interp.hooks.errors import ArgumentError, BilinearOpError, LinearizationError, TrainModeError, UnsupportedOpError
-from interp.hooks.tape import ACTIVATED, DIVISOR, PENDING, Call, Tags, Tape
+from interp.hooks.tape import ACTIVATED, DIVISOR, PENDING, RANK, Call, Tags, Tape
 from interp.hooks.units import UNITS, Unit, chord, line
 
 Rule = Callable[[Tape, Call], Any]
@@ -101,20 +101,36 @@ def product(tape: Tape, call: Call) -> Any:
         return square(tape, call)
     if mode == "tangent" or DIVISOR in tags[0] or DIVISOR in tags[1]:
         return tangent(tape, call)
-    gates = [PENDING in t or ACTIVATED in t for t in tags]
-    if gates[0] and gates[1]:
-        return Tags.put(call.run(), tags[0] | tags[1] | {PENDING: str(call)})
     if mode == "split" and PENDING not in tags[0] and PENDING not in tags[1]:
         return _split(tape, call, a, b)
-    if gates[0] == gates[1]:
+    held_one = _gate_of(tags)
+    if held_one is None and not any(PENDING in t or ACTIVATED in t for t in tags):
         raise BilinearOpError(
             f"{call} multiplies two live values, neither an activation's output",
             "a product with one gate",
             "choose product='split' or product='tangent'",
         )
-    call.held = [a if gates[0] else b]
+    if held_one is None:
+        return Tags.put(call.run(), tags[0] | tags[1] | {PENDING: str(call)})
+    call.held = [(a, b)[held_one]]
     gate = tape.decide(call, "gate", lambda: call.held[0].detach().clone())
-    return Tags.put(call.write(gate * b if gates[0] else a * gate), {})
+    return Tags.put(call.write(gate * b if held_one == 0 else a * gate), {})
+
+
+# Which of two activations is the gate: the one that is made to be a factor.
+_GATES = {"sigmoid": "2", "special_expit": "2", "hardsigmoid": "2", "tanh": "1"}
+
+
+def _gate_of(tags: list[dict[str, str]]) -> int | None:
+    """Index of the factor to hold: what is not affine yet, else the activation's output, else the truer gate of two."""
+    for key in (PENDING, ACTIVATED):
+        marked = [key in t for t in tags]
+        if marked[0] != marked[1]:
+            return marked.index(True)
+    ranks = [t.get(RANK, "0") for t in tags]
+    if PENDING in tags[0] or ACTIVATED not in tags[0] or ranks[0] == ranks[1]:
+        return None
+    return ranks.index(max(ranks))
 
 
 def _split(tape: Tape, call: Call, a: Tensor, b: Tensor) -> Tensor:
@@ -232,7 +248,7 @@ def unit(tape: Tape, call: Call) -> Any:
     else:
         slope, offset = tape.decide(call, "chord", lambda: chord(_plain(call), z.detach(), args, rest))
         out = call.write(slope * z if tape.homogeneous else slope * z + offset)
-    return Tags.put(out, {ACTIVATED: str(call)})
+    return Tags.put(out, {ACTIVATED: str(call), RANK: _GATES.get(call.name, "0")})
 
 
 def _unit_mode(tape: Tape, call: Call) -> str:

@@ -76,14 +76,15 @@ class Call:
         return f"{self.name}({shapes}) in {self.path or 'the model'}"
 
 
-PENDING, ACTIVATED, DIVISOR = "pending", "activated", "divisor"
+PENDING, ACTIVATED, RANK, DIVISOR = "pending", "activated", "rank", "divisor"
 
 
 class Tags:
     """Marks on live tensors: name -> the call that made it.
 
     PENDING: not affine in the input, so that something must hold it before the output. ACTIVATED: an activation's
-    output, the factor that a gated product holds. DIVISOR: a norm's divisor that is differentiated.
+    output, the factor that a gated product holds; RANK: how much of a gate it is. DIVISOR: a norm's divisor that is
+    differentiated.
     """
 
     @staticmethod
