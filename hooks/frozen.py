@@ -114,7 +114,7 @@ class FrozenNetwork:
 
     def _through(self, tape: Tape, values: dict[str, Tensor]) -> Tensor:
         """The output for values of the blocks, the network's own code run under a tape."""
-        with self._without_weight_gradients(), tape.running(), self._inputs_from(values):
+        with self._untouched(), tape.running(), self._inputs_from(values):
             if isinstance(self.select, Read):
                 session = Session(self.model.module, [self.select], stop=True, keep_graph=True)
                 with session:
@@ -140,13 +140,20 @@ class FrozenNetwork:
         return next(a for a in (*self.batch.args, *self.batch.kwargs.values()) if isinstance(a, Tensor))
 
     @contextmanager
-    def _without_weight_gradients(self):
-        flagged = [p for p in self.model.module.parameters() if p.requires_grad]
+    def _untouched(self):
+        """Weights without gradients, and buffers as copies: a network that writes to a buffer writes to the copy."""
+        module = self.model.module
+        flagged = [p for p in module.parameters() if p.requires_grad]
+        own = [(m, n, b) for m in module.modules() for n, b in m.named_buffers(recurse=False)]
         try:
             for p in flagged:
                 p.requires_grad_(False)
+            for m, name, buffer in own:
+                m._buffers[name] = buffer.detach().clone()
             yield
         finally:
+            for m, name, buffer in own:
+                m._buffers[name] = buffer
             for p in flagged:
                 p.requires_grad_(True)
 

@@ -172,6 +172,16 @@ def test_squeeze_and_excite_holds_the_gate():
     assert_checks(scope)
 
 
+def test_of_two_activations_the_truer_gate_is_held():
+    x = draw(1, 6)
+    open_gate = torch.diag((torch.sigmoid(-x) * (x > 0))[0])
+    torch.testing.assert_close(scope_of(lambda x: F.relu(x) * torch.sigmoid(-x), x).dense(), open_gate)
+    torch.testing.assert_close(scope_of(lambda x: torch.sigmoid(-x) * F.relu(x), x).dense(), open_gate)
+    ratio = torch.tanh(x) / x
+    cell = scope_of(lambda x: torch.sigmoid(x) * torch.tanh(x), x).dense()
+    torch.testing.assert_close(cell, torch.diag((torch.sigmoid(x) * ratio)[0]))
+
+
 def _scores(x):
     return x @ x.transpose(-1, -2) / x.shape[-1] ** 0.5
 
@@ -321,6 +331,30 @@ def test_inputs_that_cannot_be_linearised_are_refused():
         scope.matvec(torch.zeros(3))
     with pytest.raises(MemoryError, match="bytes"):
         scope.dense(max_bytes=8)
+
+
+def test_a_network_that_writes_to_its_buffer_keeps_it():
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(3, 3)
+            self.last = nn.Buffer(torch.ones(1, 3))
+
+        def forward(self, x):
+            self.last.copy_(self.net(x))
+            return self.last * 2
+
+    net, x = Cached().double().eval(), draw(1, 3)
+    with torch.no_grad():
+        net(x)
+    buffer, value = net.last, net.last.clone()
+    scope = scope_of(net, x)
+    assert_checks(scope)
+    scope.bias_report((1,))
+    assert net.last is buffer
+    assert torch.equal(buffer, value)
+    assert not buffer.requires_grad
+    assert not vars(buffer), "no mark stays on it"
 
 
 def test_scope_leaves_no_trace_also_after_a_refusal():
