@@ -4,7 +4,6 @@ Source: Navarrete Michelini, Liu, Lu, Jiang, "A Tour of Convolutional Networks G
 2019; extended to smooth units, norms, products and attention.
 """
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.hooks.checks import check
 from interp.hooks.errors import ArgumentError, CompletenessError, InputError, NonFiniteError
 from interp.hooks.frozen import FrozenNetwork, Select
 from interp.hooks.linear_map import LinearMap
@@ -22,7 +22,7 @@ from interp.hooks.session import Read
 from interp.hooks.site import Site, SiteLike
 from interp.hooks.stability import Stability, stability
 from interp.hooks.table import Table
-from interp.hooks.text import token_id
+from interp.hooks.targets import Targets
 from interp.hooks.token_blocks import TokenBlocks, token_blocks
 from interp.hooks.votes import BiasReport, Votes, report_biases
 
@@ -96,6 +96,7 @@ class LinearScope(LinearMap):
         first = next(iter(self.blocks.values()))
         super().__init__(first.map._push, first.map._pull, first.map.in_shape, first.map.out_shape, self.y, held)
         self.x = first.value
+        self.targets = Targets(model, self.batch, self.y)
         self.origin = self._origin(origin)
         self.r = self.replay({name: torch.zeros_like(value) for name, value in values.items()})
         self.Fx = self.network.push(values)
@@ -104,10 +105,10 @@ class LinearScope(LinearMap):
     def _check_complete(self) -> None:
         gap = float((self.Fx + self.r - self.y).abs().max())
         size = max(float(t.abs().max()) for t in (self.Fx, self.r, self.y))
-        if not gap <= self._worst * max(size, 1e-30):
+        if not gap <= self.worst_tolerance * max(size, 1e-30):
             raise CompletenessError(
                 f"F x + r differs from the output by {gap:.1e} (of {size:.1e})",
-                f"a relative difference below {self._worst:.0e}",
+                f"a relative difference below {self.worst_tolerance:.0e}",
                 "a part of this network is not what the tape saw: scope a smaller part of it with output=",
             )
 
@@ -171,7 +172,7 @@ class LinearScope(LinearMap):
             ArgumentError: If the target does not exist.
             CompletenessError: If votes and residual do not sum to the output.
         """
-        w, name = self._direction_and_name(target, margin_to, position)
+        w, name = self.targets.pair(target, margin_to, position)
         shift = {next(iter(self.blocks)): self.origin[0]}
         elements = {n: b.map.rmatvec(w) * (b.value[0] - shift.get(n, 0.0)) for n, b in self.blocks.items()}
         flat = torch.cat([e.flatten() for e in elements.values()]).double()
@@ -191,12 +192,6 @@ class LinearScope(LinearMap):
             )  # fmt: skip
         return votes
 
-    def _direction_and_name(self, target: Any, margin_to: Any, position: int) -> tuple[Tensor, str]:
-        w, name = self.direction(target, position), self._name(target)
-        if margin_to is None:
-            return w, name
-        return w - self.direction(margin_to, position), f"{name} - {self._name(margin_to)}"
-
     @property
     def tolerance(self) -> float:
         """Relative error of completeness that the output's dtype allows."""
@@ -205,7 +200,7 @@ class LinearScope(LinearMap):
         return min(100 * torch.finfo(self.y.dtype).eps, _HALF_TOLERANCE)
 
     @property
-    def _worst(self) -> float:
+    def worst_tolerance(self) -> float:
         """As `tolerance`, for the single worst output rather than a sum: rounding of half precision is not averaged."""
         return self.tolerance * (_OUTLIER if self.y.dtype in (torch.bfloat16, torch.float16) else 1)
 
@@ -215,34 +210,7 @@ class LinearScope(LinearMap):
         Raises:
             ArgumentError: If the target does not exist.
         """
-        shape = self.y.shape[1:]
-        if isinstance(target, Tensor) and target.ndim:
-            if target.shape != shape:
-                raise ArgumentError(f"a direction {list(target.shape)}", f"{list(shape)}")
-            return target.to(self.y)
-        index = target if isinstance(target, tuple) else self._index(target, position)
-        w = torch.zeros(shape, dtype=self.y.dtype, device=self.y.device)
-        if len(index) != len(shape) or any(not -n <= i < n for i, n in zip(index, shape, strict=True)):
-            raise ArgumentError(f"target {target!r}", f"an index into outputs {list(shape)}")
-        w[index] = 1.0
-        return w
-
-    def _index(self, target: Any, position: int) -> tuple[int, ...]:
-        if self.batch.ids is not None and self.y.ndim == 3:
-            where = (
-                int(self.batch.positions(position)[0, 0]) if self.y.shape[1] == self.batch.ids.shape[1] else position
-            )
-            return (where, token_id(self.model, target) if self._over_tokens else operator.index(target))
-        if isinstance(target, str):
-            labels = self.model.labels or []
-            if labels.count(target) != 1:
-                raise ArgumentError(
-                    f"class {target!r}",
-                    "a label of this model",
-                    f"labels are {', '.join(labels[:5])}, ..." if labels else "it has no labels: give an index",
-                )
-            return (labels.index(target),)
-        return (int(target),)
+        return self.targets.direction(target, position)
 
     def _reduce(self, elements: Tensor) -> Tensor:
         if self.batch.ids is not None:
@@ -255,21 +223,6 @@ class LinearScope(LinearMap):
         if self.batch.ids is None or self.model.tokenizer is None:
             return None
         return [self.model.tokenizer.decode([t]) for t in self.batch.ids[0].tolist()]
-
-    def _name(self, target: Any) -> str:
-        """What a target is called: a token's or class's text where it has one."""
-        if isinstance(target, Tensor) and target.ndim:
-            return "a direction"
-        if not isinstance(target, (str, tuple)) and self._over_tokens and self.model.tokenizer is not None:
-            return repr(self.model.tokenizer.decode([operator.index(target)]))
-        if isinstance(target, int) and self.model.labels and self.batch.ids is None:
-            return self.model.labels[target]
-        return str(target) if self.batch.ids is None else repr(target)
-
-    @property
-    def _over_tokens(self) -> bool:
-        """Whether the output's last axis is the vocabulary."""
-        return self.batch.ids is not None and self.y.shape[-1] == self.model.reader.vocab
 
     def bias_report(self, target: Any, margin_to: Any = None, *, position: int = -1) -> BiasReport:
         """Return which call put what into r: r · w = Σ <G, c>, c a call's constant, G the gradient at its output.
@@ -286,7 +239,7 @@ class LinearScope(LinearMap):
         Raises:
             CompletenessError: If the terms do not sum to r · w.
         """
-        w, name = self._direction_and_name(target, margin_to, position)
+        w, name = self.targets.pair(target, margin_to, position)
         moved = (self.rmatvec(w) * self.origin[0]).detach()
         residual = float((w.double() * self.r[0].double()).sum() + moved.double().sum())
         report = report_biases(self.network.constants(w), residual, name, moved)
@@ -315,7 +268,7 @@ class LinearScope(LinearMap):
         Raises:
             ArgumentError: If noise or samples are not positive.
         """
-        w, name = self._direction_and_name(target, margin_to, position)
+        w, name = self.targets.pair(target, margin_to, position)
         return stability(self, w, name, noise, samples, float64, seed)
 
     def token_blocks(
@@ -358,39 +311,8 @@ class LinearScope(LinearMap):
 
         The replay uses probes of ten times the input's norm: a live non-linearity shows only off the reference.
         """
-        made, size = torch.Generator().manual_seed(seed), float(self.y.abs().max())
-        gaps = [
-            ("completeness: F x + r = y", self.Fx + self.r - self.y, size),
-            ("frozen network at the reference = y", self.network.output.detach() - self.y, size),
-        ]
-        for _ in range(probes):
-            gaps += [self._replay_gap(made, size), self._adjoint_gap(made)]
-        return Table([_row(*gap, self._worst) for gap in gaps], f"checks of LinearScope ({self.network.held.name})")
-
-    def _replay_gap(self, made: torch.Generator, size: float) -> tuple[str, Tensor, float]:
-        probes = {}
-        for name, block in self.blocks.items():
-            noise = _noise(block.value, made)
-            probes[name] = 10 * noise * block.value.norm() / noise.norm()
-        pushed = sum((b.map.matvec(probes[n][0])[None] for n, b in self.blocks.items()), torch.zeros_like(self.y))
-        scale = max(float(pushed.abs().max()), size)
-        return "linearity: replay at 10x = F v + r", self.replay(probes) - pushed - self.r, scale
-
-    def _adjoint_gap(self, made: torch.Generator) -> tuple[str, Tensor, float]:
-        v, w = _noise(self.x, made)[0], _noise(self.y, made)[0]
-        pushed, pulled = self.matvec(v).double(), self.rmatvec(w).double()
-        gap = (pushed * w.double()).sum() - (v.double() * pulled).sum()
-        return "adjoint: <F v, w> = <v, Fᵀ w>", gap, float(pushed.norm() * w.double().norm())
+        return check(self, probes, seed)
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{n} {list(b.value.shape[1:])}" for n, b in self.blocks.items())
         return f"LinearScope({inputs} -> {list(self.y.shape[1:])}, {self.network.held.name})"
-
-
-def _noise(like: Tensor, made: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=made, dtype=torch.float32).to(like)
-
-
-def _row(name: str, gap: Tensor, scale: float, tolerance: float) -> dict[str, Any]:
-    error = float(gap.abs().max()) / max(scale, 1e-30)
-    return {"check": name, "error": error, "tolerance": tolerance, "holds": error <= tolerance}
