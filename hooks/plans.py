@@ -7,6 +7,7 @@ from torch import Tensor
 
 from interp.hooks.activations import Activations
 from interp.hooks.bindings import Binding
+from interp.hooks.calls import mark_live
 from interp.hooks.errors import InterventionError
 from interp.hooks.inputs import Batch
 from interp.hooks.interventions import Intervention, Mean, Patch, PlanLike
@@ -21,6 +22,7 @@ class Probe(Intervention):
     """Adds a zero that requires a gradient: the gradient of anything later with respect to a site."""
 
     kind = "probe"
+    leaf: Tensor
 
     def __init__(self, site: Site):
         super().__init__(site)
@@ -28,7 +30,7 @@ class Probe(Intervention):
 
     def apply(self, value, context):
         """value + 0."""
-        leaf = torch.zeros_like(value, requires_grad=True)
+        leaf = mark_live(torch.zeros_like(value, requires_grad=True))
         object.__setattr__(self, "leaf", leaf)
         return value + leaf
 

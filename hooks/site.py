@@ -81,10 +81,11 @@ class Site:
 
     def at(self, *, head=None, positions=None) -> "Site":
         """Return this site at other heads and positions; None keeps its own."""
+        as_tuple = lambda v: (v,) if isinstance(v, int) else tuple(v) if isinstance(v, (list, range)) else v
         return replace(
             self,
-            head=self.head if head is None else head,
-            positions=self.positions if positions is None else positions,
+            head=self.head if head is None else as_tuple(head),
+            positions=self.positions if positions is None else as_tuple(positions),
         )
 
     @property

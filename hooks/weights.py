@@ -65,19 +65,19 @@ class Norm:
 
     @property
     def gain(self) -> Float[Tensor, "d"] | None:
-        """γ in float32, or None where the norm has none."""
+        """γ in float32 or better, or None where the norm has none."""
         weight = getattr(self.module, "weight", None)
-        return None if weight is None else weight.detach().float() + self.offset
+        return None if weight is None else _wide(weight.detach()) + self.offset
 
     @property
     def bias(self) -> Float[Tensor, "d"] | None:
-        """β in float32, or None."""
+        """β in float32 or better, or None."""
         bias = getattr(self.module, "bias", None)
-        return None if bias is None else bias.detach().float()
+        return None if bias is None else _wide(bias.detach())
 
     def centre(self, x: Tensor) -> Tensor:
         """P x, in float32 or better."""
-        x = x if x.dtype == torch.float64 else x.float()
+        x = _wide(x)
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
     def scale(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
@@ -92,6 +92,11 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         """The norm by its formula (the slow twin of the module)."""
         return self.finish(self.centre(x) / self.scale(x))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """A value in float32, or in float64 where it has that."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def read_norm(module: nn.Module, path: str, width: int) -> Norm:

@@ -30,6 +30,14 @@ _HOME = {
     "interp.lens": ["LogitLens", "logit_lens"],
     "interp.observables": ["Observable"],
     "interp.plots": ["chart"],
+    "interp.propagation.feature_vectors": [
+        "CouplingFit", "FeatureVector", "cosine", "coupling", "pairwise", "validate_coupling",
+    ],
+    "interp.propagation.mlp_points": ["AverageGradient", "Boundary", "MeanPoint"],
+    "interp.propagation.paths": ["Path", "Step"],
+    "interp.propagation.propagate": ["propagate"],
+    "interp.propagation.reference": ["Reference"],
+    "interp.propagation.totals": ["Totals", "propagate_all"],
     "interp.runs": ["Run"],
 }  # fmt: skip
 _NAMES = {name: home for home, names in _HOME.items() for name in names}
@@ -65,13 +73,28 @@ if TYPE_CHECKING:
     from interp.lens import LogitLens, logit_lens
     from interp.observables import Observable
     from interp.plots import chart
+    from interp.propagation.feature_vectors import (
+        CouplingFit,
+        FeatureVector,
+        cosine,
+        coupling,
+        pairwise,
+        validate_coupling,
+    )
+    from interp.propagation.mlp_points import AverageGradient, Boundary, MeanPoint
+    from interp.propagation.paths import Path, Step
+    from interp.propagation.propagate import propagate
+    from interp.propagation.reference import Reference
+    from interp.propagation.totals import Totals, propagate_all
     from interp.runs import Run
 
 __all__ = [
-    "Activations", "Add", "Attribution", "Function", "InterpError", "Intervention", "Layout", "LinearMap",
-    "LinearScope", "Linearization", "LogitLens", "Mean", "Model", "Observable", "Patch", "ProjectOut", "Run",
-    "Scale", "Set", "Site", "Table", "Unit", "Votes", "Zero", "attach", "chart", "direct_attribution", "load",
-    "load_plan", "logit_lens", "register_unit", "save_plan",
+    "Activations", "Add", "Attribution", "AverageGradient", "Boundary", "CouplingFit", "FeatureVector", "Function",
+    "InterpError", "Intervention", "Layout", "LinearMap", "LinearScope", "Linearization", "LogitLens", "Mean",
+    "MeanPoint", "Model", "Observable", "Patch", "Path", "ProjectOut", "Reference", "Run", "Scale", "Set", "Site",
+    "Step", "Table", "Totals", "Unit", "Votes", "Zero", "attach", "chart", "cosine", "coupling", "direct_attribution",
+    "load", "load_plan", "logit_lens", "pairwise", "propagate", "propagate_all", "register_unit", "save_plan",
+    "validate_coupling",
 ]  # fmt: skip
 
 

@@ -1,0 +1,76 @@
+"""Gradients of a frozen network at sites: what each site adds to linear readouts of the output."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp.hooks.errors import ArgumentError
+from interp.hooks.frozen import FrozenNetwork
+from interp.hooks.inputs import Batch
+from interp.hooks.linearization import Linearization
+from interp.hooks.model import Model
+from interp.hooks.plans import Probe
+from interp.hooks.session import Read, Session
+from interp.hooks.site import SiteLike
+
+
+class _Probed(FrozenNetwork):
+    """A frozen network, up to one site, recorded with a zero leaf at each of some others."""
+
+    def __init__(
+        self,
+        model: Model,
+        batch: Batch,
+        held: Linearization,
+        select: Callable[[Tensor], Tensor],
+        output: SiteLike,
+        sites,
+    ):
+        found = [Read(site, binding) for site, binding in model.resolve(sites)]
+        self.probes = [Probe(read.site) for read in found]
+        self._edits = [probe.edit(read) for probe, read in zip(self.probes, found, strict=True)]
+        self._end = [Read(site, binding) for site, binding in model.resolve(output)]
+        super().__init__(model, batch, held, select)
+
+    def _call(self, values: dict[str, Tensor]) -> Any:
+        session = Session(
+            self.model.module, self._end, self._edits, stop=True, keep_graph=True, size=self.batch.size,
+            extent=self.batch.extent,
+        )  # fmt: skip
+        with session:
+            super()._call(values)
+        return session.values[self._end[0].site]
+
+
+def frozen_gradients(
+    model: Model, inputs: Any, sites: Sequence[SiteLike], output: SiteLike,
+    readout: Callable[[Tensor], Float[Tensor, "k"]], linearization: Linearization,
+) -> dict[str, Float[Tensor, "k ..."]]:  # fmt: skip
+    """Return the gradients of k readouts at sites of the network with its decisions held.
+
+    One recording and one batched backward pass for all sites and readouts.
+
+    Args:
+        model: A model over tokens.
+        inputs: One example.
+        sites: Sites that carry the residual stream, branches, heads' z, values or neurons.
+        output: The site that is read out; the network behind it is not run.
+        readout: From its value [1, ...] to k numbers, linear in it.
+        linearization: What is held.
+
+    Raises:
+        ArgumentError: If a site does not reach the readout under this linearisation.
+        LinearizationError: If a call cannot be linearised.
+    """
+    batch = model.batch(inputs)
+    network = _Probed(model, batch, linearization, readout, output, sites)
+    eye = torch.eye(len(network.output), dtype=network.output.dtype, device=network.output.device)
+    leaves = [probe.leaf for probe in network.probes]
+    grads = torch.autograd.grad(network.output, leaves, eye, is_grads_batched=True, allow_unused=True)
+    for probe, grad in zip(network.probes, grads, strict=True):
+        if grad is None:
+            raise ArgumentError(f"{probe.site} under {linearization.name}", "a site that the readout depends on")
+    return {str(probe.site): grad[:, 0] for probe, grad in zip(network.probes, grads, strict=True)}

@@ -1,0 +1,161 @@
+"""Reference: one run's activations, read as what each stage of a pull-back holds."""
+
+import re
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp.hooks.activations import Activations
+from interp.hooks.block_weights import Projection, projection_from, projection_to, read_activation
+from interp.hooks.errors import ArgumentError, SiteUnavailableError
+from interp.hooks.model import Model
+from interp.hooks.weights import Norm
+
+_BLOCK = (
+    "hook_resid_pre", "hook_resid_mid", "ln1.hook_scale", "ln1.hook_normalized", "attn.hook_pattern",
+    "ln1_post.hook_scale", "ln1_post.hook_normalized", "ln2.hook_scale", "ln2.hook_normalized", "mlp.hook_pre",
+    "mlp.hook_pre_linear", "mlp.hook_post", "ln2_post.hook_scale", "ln2_post.hook_normalized",
+)  # fmt: skip
+_ENDS = ("hook_embed", "hook_pos_embed", "ln_final.hook_scale", "ln_final.hook_normalized", "unembed.hook_out")
+
+
+class Weights:
+    """A model's weights in one convention and one dtype; what is cast is made when used."""
+
+    def __init__(self, model: Model, dtype: torch.dtype | None = None):
+        if model.layout is None or model.layout.post_ln or model.bindings is None:
+            raise SiteUnavailableError(
+                f"pull-backs through {type(model.module).__name__} ({model.family})",
+                "a layout whose branches are added to one residual stream",
+                "LinearScope linearises any network",
+            )
+        self.model, self.layout, self.bindings = model, model.layout, model.bindings
+        self.dtype = dtype or (torch.float64 if model.dtype == torch.float64 else torch.float32)
+
+    def norm(self, name: str) -> Norm | None:
+        """The norm at a canonical name, or None where the model has none."""
+        return self.bindings.norms.get(name)
+
+    def values(self, layer: int) -> Projection:
+        """W_V and b_V: [d_model, kv_head, d_head]."""
+        return projection_to(self.model, f"blocks.{layer}.attn.hook_v", self.dtype)
+
+    def output(self, layer: int) -> Projection:
+        """W_O and b_O: [head, d_head, d_model]."""
+        return projection_from(self.model, f"blocks.{layer}.attn.hook_z", self.dtype)
+
+    def group(self, head: int) -> int:
+        """The key/value head that a query head reads."""
+        return head // (self.layout.n_heads // self.layout.n_kv_heads)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of each named axis."""
+        return self.bindings.sizes
+
+
+class Reference:
+    """A model at one prompt: the divisors, patterns and pre-activations around which pull-backs linearise.
+
+    Args:
+        model: A decoder.
+        prompt: One text, or token ids.
+        sites: Further sites to capture.
+
+    Raises:
+        SiteUnavailableError: If the model has no residual stream that branches add to.
+        ArgumentError: If there is more than one prompt.
+    """
+
+    def __init__(self, model: Model, prompt: Any, sites: tuple[str, ...] = ()):
+        self.model, self.weights = model, Weights(model)
+        self.batch = model.batch(prompt)
+        if self.batch.size != 1 or self.batch.ids is None:
+            raise ArgumentError(f"{self.batch.size} prompts", "one text, or one list of token ids")
+        known = self.weights.bindings.by_address
+        names = [f"blocks.{i}.{part}" for i in range(model.n_layers) for part in _BLOCK]
+        names.append(f"blocks.{model.n_layers - 1}.hook_resid_post")
+        wanted = dict.fromkeys(name for name in (*_ENDS, *names) if name in known)
+        self.acts: Activations = model.capture(self.batch, [*wanted, *(s for s in sites if s not in wanted)])
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return self.batch.lengths[0]
+
+    def position(self, wanted: int) -> int:
+        """A position as an index from 0.
+
+        Raises:
+            PositionError: If it lies outside the prompt.
+        """
+        return int(self.batch.positions(wanted)[0, 0]) - self.batch.starts[0]
+
+    def at(self, site: str) -> Float[Tensor, "..."]:
+        """A site's value without the batch axis, padding cut off, in the working dtype."""
+        site = self._same(site)
+        value = self.acts[site][0]
+        start, stop = self.batch.starts[0], self.batch.starts[0] + self.length
+        axes = self.acts.axes[site][1:]
+        for axis, name in enumerate(axes):
+            if name in ("pos", "key"):
+                value = value.narrow(axis, start, stop - start)
+        return value.to(self.weights.dtype)
+
+    def has(self, site: str) -> bool:
+        """Whether the model has this site."""
+        return self._same(site) in self.acts
+
+    def _same(self, site: str) -> str:
+        """The captured name of a site: what leaves a block is what enters the next."""
+        match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", site)
+        if match is None or int(match[1]) == self.model.n_layers - 1:
+            return site
+        return f"blocks.{int(match[1]) + 1}.hook_resid_pre"
+
+    def pattern(self, layer: int) -> Float[Tensor, "head pos key"]:
+        """Attention probabilities of one layer."""
+        return self.at(f"blocks.{layer}.attn.hook_pattern")
+
+    def mlp_norm(self, layer: int) -> str:
+        """Name of the norm in front of an MLP: its own, or the one that a parallel block shares with attention."""
+        layout = self.weights.layout
+        return f"blocks.{layer}.{'ln1' if layout.parallel and layout.ln2 is None else 'ln2'}"
+
+    def mlp_input(self, layer: int) -> Float[Tensor, "pos d"]:
+        """What an MLP reads."""
+        name = self.mlp_norm(layer)
+        norm = self.weights.norm(name)
+        if norm is None:
+            return self.at(f"blocks.{layer}.hook_resid_mid")
+        return norm.finish(self.at(f"{name}.hook_normalized")).to(self.weights.dtype)
+
+    def activation(self, layer: int) -> Callable[[Tensor], Tensor] | None:
+        """The MLP's activation function, or None where no callable of the block gives its values."""
+        if layer not in self._activations:
+            self._activations[layer] = self._find_activation(layer)
+        return self._activations[layer]
+
+    @cached_property
+    def _activations(self) -> dict[int, Callable[[Tensor], Tensor] | None]:
+        return {}
+
+    def _find_activation(self, layer: int) -> Callable[[Tensor], Tensor] | None:
+        name = f"blocks.{layer}.mlp"
+        if not self.has(f"{name}.hook_pre") or not self.has(f"{name}.hook_post"):
+            return None
+        pre, post = self.acts[f"{name}.hook_pre"], self.acts[f"{name}.hook_post"]
+        if not self.has(f"{name}.hook_pre_linear"):
+            return read_activation(self.model, layer, pre, post)
+        up = self.acts[f"{name}.hook_pre_linear"]
+        return _gated(self.model, layer, pre, up, post)
+
+
+def _gated(model: Model, layer: int, pre: Tensor, up: Tensor, post: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """The activation of a gated MLP: a(pre) ⊙ up = post, compared where the other factor is not small."""
+    large = up.abs() >= up.abs().median()
+    return read_activation(model, layer, pre[large], (post / up)[large])
