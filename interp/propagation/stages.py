@@ -33,6 +33,12 @@ def pull_gain(y: Float[Tensor, "... d"], norm: Norm | None) -> Pulled:
     return (scaled - scaled.mean(-1, keepdim=True) if norm.centred else scaled), offset
 
 
+def centred_gain(x: Float[Tensor, "... d"], norm: Norm) -> Float[Tensor, "... d"]:
+    """γ ⊙ P x: a part of a norm's input as the part of its output, but for the divisor."""
+    x = norm.centre(x)
+    return x if norm.gain is None else x * norm.gain.to(x)
+
+
 def pull_norm(
     y: Float[Tensor, "... d"], norm: Norm | None, mode: str, scale: Float[Tensor, "... 1"],
     normalized: Float[Tensor, "... d"],
