@@ -29,6 +29,8 @@ _HOME = {
     "interp.attribution": ["Attribution", "direct_attribution"],
     "interp.lens": ["LogitLens", "logit_lens"],
     "interp.observables": ["Observable"],
+    "interp.path_search": ["PathSearch", "find_paths"],
+    "interp.query_key": ["AttentionScore", "attention_score", "pattern_effects"],
     "interp.plots": ["chart"],
     "interp.propagation.feature_vectors": [
         "CouplingFit", "FeatureVector", "cosine", "coupling", "pairwise", "validate_coupling",
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
     from interp.hooks.votes import Votes
     from interp.lens import LogitLens, logit_lens
     from interp.observables import Observable
+    from interp.path_search import PathSearch, find_paths
     from interp.plots import chart
     from interp.propagation.feature_vectors import (
         CouplingFit,
@@ -86,15 +89,16 @@ if TYPE_CHECKING:
     from interp.propagation.propagate import propagate
     from interp.propagation.reference import Reference
     from interp.propagation.totals import Totals, propagate_all
+    from interp.query_key import AttentionScore, attention_score, pattern_effects
     from interp.runs import Run
 
 __all__ = [
-    "Activations", "Add", "Attribution", "AverageGradient", "Boundary", "CouplingFit", "FeatureVector", "Function",
-    "InterpError", "Intervention", "Layout", "LinearMap", "LinearScope", "Linearization", "LogitLens", "Mean",
-    "MeanPoint", "Model", "Observable", "Patch", "Path", "ProjectOut", "Reference", "Run", "Scale", "Set", "Site",
-    "Step", "Table", "Totals", "Unit", "Votes", "Zero", "attach", "chart", "cosine", "coupling", "direct_attribution",
-    "load", "load_plan", "logit_lens", "pairwise", "propagate", "propagate_all", "register_unit", "save_plan",
-    "validate_coupling",
+    "Activations", "Add", "AttentionScore", "Attribution", "AverageGradient", "Boundary", "CouplingFit",
+    "FeatureVector", "Function", "InterpError", "Intervention", "Layout", "LinearMap", "LinearScope", "Linearization",
+    "LogitLens", "Mean", "MeanPoint", "Model", "Observable", "Patch", "Path", "PathSearch", "ProjectOut", "Reference",
+    "Run", "Scale", "Set", "Site", "Step", "Table", "Totals", "Unit", "Votes", "Zero", "attach", "attention_score",
+    "chart", "cosine", "coupling", "direct_attribution", "find_paths", "load", "load_plan", "logit_lens", "pairwise",
+    "pattern_effects", "propagate", "propagate_all", "register_unit", "save_plan", "validate_coupling",
 ]  # fmt: skip
 
 
