@@ -17,7 +17,12 @@ FORMAT = 1
 _TYPES = {
     "Attribution": "interp.attribution",
     "BiasReport": "interp.hooks.votes",
+    "Cost": "interp.steering",
+    "CouplingFit": "interp.propagation.feature_vectors",
+    "DoseResponse": "interp.steering",
     "LogitLens": "interp.lens",
+    "LowDataComparison": "interp.low_data",
+    "PathSearch": "interp.path_search",
     "SVD": "interp.hooks.spectra",
     "Stability": "interp.hooks.stability",
     "TokenBlocks": "interp.hooks.token_blocks",
