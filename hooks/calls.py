@@ -32,19 +32,20 @@ RESHAPES = frozenset(
 )
 
 # Calls that take only the shape or type of their second tensor.
-SHAPED_LIKE = frozenset("expand_as view_as reshape_as type_as resize_as".split())
+SHAPED_LIKE = frozenset("expand_as view_as reshape_as type_as resize_as to".split())
 
 LINEAR = RESHAPES | frozenset(
     """
     add radd iadd sub rsub isub subtract neg negative positive cat concat concatenate stack hstack vstack dstack
     column_stack sum nansum mean cumsum diff trapezoid repeat tile repeat_interleave index_select gather take
-    take_along_dim masked_select roll flip fliplr flipud rot90 pad constant_pad_nd avg_pool1d avg_pool2d avg_pool3d
+    take_along_dim roll flip fliplr flipud rot90 pad constant_pad_nd avg_pool1d avg_pool2d avg_pool3d
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d interpolate upsample upsample_nearest
     upsample_bilinear pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle fold unfold tril triu
     diag diagonal diag_embed trace masked_fill where setitem copy zero fill index_add index_copy index_put scatter
-    scatter_add select_scatter slice_scatter as_strided meshgrid broadcast_tensors broadcast_to real
-    imag view_as_real view_as_complex fft ifft rfft irfft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn fftshift
-    ifftshift nan_to_num identity resolve_conj resolve_neg block_diag
+    scatter_add select_scatter slice_scatter as_strided meshgrid broadcast_tensors broadcast_to real imag
+    view_as_real view_as_complex fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2
+    fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_fftshift fft_ifftshift fft_hfft fft_ihfft conj affine_grid
+    max_unpool1d max_unpool2d max_unpool3d nan_to_num identity resolve_conj resolve_neg block_diag
     """.split()
 )
 
@@ -55,14 +56,14 @@ DROPOUTS = frozenset(
 BILINEAR = frozenset(
     """
     matmul rmatmul imatmul bmm mm mv dot inner outer ger einsum tensordot baddbmm addmm addbmm addmv addr
-    chain_matmul multi_dot vdot kron
+    chain_matmul multi_dot vdot kron bilinear
     """.split()
 )
 
 WEIGHTED = frozenset(
     """
     linear grouped_mm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc convolution
-    embedding embedding_bag grid_sample
+    embedding embedding_bag stft istft
     """.split()
 )
 
@@ -70,11 +71,16 @@ PRODUCTS = frozenset("mul rmul imul multiply".split())
 
 QUOTIENTS = frozenset("div rdiv idiv truediv rtruediv itruediv divide true_divide".split())
 
-SQUARES = frozenset("pow ipow square float_power".split())
+POWERS = frozenset("pow ipow rpow square float_power".split())
+
+ROOTS = frozenset("sqrt rsqrt reciprocal".split())
+
+# Of a value and its own mean, the centring of a norm written by hand.
+DIFFERENCES = frozenset("sub isub subtract".split())
 
 DIVISORS = frozenset(
     """
-    rsqrt sqrt reciprocal norm linalg_vector_norm vector_norm linalg_norm std var std_mean var_mean
+    norm linalg_vector_norm vector_norm linalg_norm std var
     """.split()
 )
 
@@ -93,7 +99,7 @@ SELECTIONS = frozenset(
     adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d adaptive_max_pool1d_with_indices
     adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices fractional_max_pool2d
     fractional_max_pool2d_with_indices amax amin max min topk sort msort kthvalue median nanmedian mode maximum
-    minimum fmax fmin cummax cummin prelu
+    minimum fmax fmin cummax cummin aminmax remainder fmod frac
     """.split()
 )
 
@@ -114,8 +120,11 @@ _DUNDER_CASTS = {"__float__", "__int__", "__bool__", "__index__", "__complex__"}
 
 
 def raw_name(func: Callable) -> str:
-    """Return the function's own name; for a tensor's property, the property's."""
+    """Return the function's own name; for a tensor's property, the property's; for a custom function, its class's."""
     name = getattr(func, "__name__", "")
+    owner = func if isinstance(func, type) else getattr(func, "__self__", None)
+    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+        return f"{owner.__name__}.apply"
     if name in ("__get__", "__set__"):
         return getattr(getattr(func, "__self__", None), "__name__", name)
     return name
@@ -222,8 +231,8 @@ def expand(func: Callable, args: tuple, kwargs: dict, reference: list[Tensor], h
             filled[slot] = value
         flat, out_spec = tree_flatten(_fresh(func, *tree_unflatten(filled, spec)))
         shapes.append(out_spec)
-        smooth = [out for out in flat if out.is_floating_point()]
-        return smooth, [out for out in flat if not out.is_floating_point()]
+        smooth = [out for out in flat if out.is_floating_point() or out.is_complex()]
+        return smooth, [out for out in flat if not (out.is_floating_point() or out.is_complex())]
 
     # A masked score is -inf at the reference and in the probe: it does not move.
     moves = [v if homogeneous else v - z for v, z in zip(live, points, strict=True)]

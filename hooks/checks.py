@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def check(scope: "LinearScope", probes: int, seed: int) -> Table:
-    """Return the checks: completeness, reference untouched, replay against F, adjoint; each with its tolerance."""
+    """Return the checks: completeness, reference untouched, units, replay against F, adjoint; with tolerances."""
     made, size = torch.Generator().manual_seed(seed), float(scope.y.abs().max())
     gaps = [
         ("completeness: F x + r = y", scope.Fx + scope.r - scope.y, size),
@@ -20,6 +20,8 @@ def check(scope: "LinearScope", probes: int, seed: int) -> Table:
     ]
     for _ in range(probes):
         gaps += [_replay_gap(scope, made, size), _adjoint_gap(scope, made)]
+    worst, unit = max(scope.network.unit_gaps(), default=(0.0, "none"))
+    gaps.insert(2, (f"every unit is affine: {unit}", torch.tensor(worst), 1.0))
     rows = [_row(*gap, scope.worst_tolerance) for gap in gaps]
     return Table(rows, f"checks of LinearScope ({scope.network.held.name})")
 

@@ -29,11 +29,45 @@ def normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, o
 
 def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
     """v / (k + alpha · mean of v² over neighbouring channels)^beta."""
-    squares = F.pad(input.pow(2).unsqueeze(1), (0,) * 2 * (input.ndim - 2) + (size // 2, (size - 1) // 2))
-    window = (size, *[1] * (input.ndim - 2))
-    kernel = squares.new_ones(1, 1, *window) / size
-    mean = {1: F.conv2d, 2: F.conv3d}[input.ndim - 2](squares, kernel).squeeze(1)
+    padding = (*(0, 0) * (input.ndim - 2), size // 2, (size - 1) // 2)
+    mean = F.pad(input.pow(2), padding).unfold(1, size, 1).mean(-1)
     return input / (mean * alpha + k) ** beta
+
+
+def var_mean(input: Tensor, dim: Any = None, *, keepdim: bool = False, **options: Any) -> tuple[Tensor, Tensor]:
+    """Variance and mean as two calls."""
+    return torch.var(input, dim, keepdim=keepdim, **options), input.mean(dim, keepdim=keepdim)
+
+
+def std_mean(input: Tensor, dim: Any = None, *, keepdim: bool = False, **options: Any) -> tuple[Tensor, Tensor]:
+    """Standard deviation and mean as two calls."""
+    return torch.std(input, dim, keepdim=keepdim, **options), input.mean(dim, keepdim=keepdim)
+
+
+def softmin(input: Tensor, dim: int, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
+    """The softmax of the negative."""
+    return torch.softmax(-input, dim, dtype)
+
+
+def lerp(input: Tensor, end: Tensor, weight: Any) -> Tensor:
+    """a + w (b - a)."""
+    return input + weight * (end - input)
+
+
+def addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+    """a + c b₁ ⊙ b₂."""
+    return input + value * (tensor1 * tensor2)
+
+
+def addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+    """a + c b₁ / b₂."""
+    return input + value * (tensor1 / tensor2)
+
+
+def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """<a, b> / (max(‖a‖, eps) max(‖b‖, eps))."""
+    lengths = [x.norm(2, dim, keepdim=True).clamp_min(eps) for x in (x1, x2)]
+    return ((x1 / lengths[0]) * (x2 / lengths[1])).sum(dim)
 
 
 def multi_head_attention(
@@ -83,4 +117,11 @@ COMPOSITES: dict[str, Callable[..., Any]] = {
     "glu": glu,
     "normalize": normalize,
     "local_response_norm": local_response_norm,
+    "var_mean": var_mean,
+    "std_mean": std_mean,
+    "softmin": softmin,
+    "lerp": lerp,
+    "addcmul": addcmul,
+    "addcdiv": addcdiv,
+    "cosine_similarity": cosine_similarity,
 }

@@ -1,12 +1,12 @@
 """FrozenNetwork: a network around one input with every decision held; recorded once, pushed and pulled through."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.hooks import calls
 from interp.hooks.errors import InputError
@@ -99,6 +99,13 @@ class FrozenNetwork:
         grads = torch.autograd.grad(out, leaves, w[None], allow_unused=True) if leaves else ()
         return [(c, torch.zeros_like(c.leaf) if g is None else g) for c, g in zip(found, grads, strict=True)]
 
+    def unit_gaps(self) -> list[tuple[float, str]]:
+        """Return how far each unit is from affine in its live arguments, relative to its values, and its call."""
+        found: list[tuple[float, str]] = []
+        values = calls.mark_live({n: value.clone().requires_grad_() for n, value in self.values.items()})
+        self._through(Tape(self.model.module, self.held, self.entries, gaps=found), values)
+        return found
+
     def _input_blocks(self) -> dict[str, Tensor]:
         """Values of the input blocks [1, ...]: embeddings of a token model, else the first floating-point argument."""
         if self.batch.ids is not None:
@@ -114,7 +121,7 @@ class FrozenNetwork:
 
     def _through(self, tape: Tape, values: dict[str, Tensor]) -> Tensor:
         """The output for values of the blocks, the network's own code run under a tape."""
-        with self._untouched(), tape.running(), self._inputs_from(values):
+        with untouched(self.model.module), tape.running(), self._inputs_from(values):
             if isinstance(self.select, Read):
                 session = Session(self.model.module, [self.select], stop=True, keep_graph=True)
                 with session:
@@ -140,11 +147,23 @@ class FrozenNetwork:
         return next(a for a in (*self.batch.args, *self.batch.kwargs.values()) if isinstance(a, Tensor))
 
     @contextmanager
-    def _untouched(self):
-        """Weights without gradients, and buffers as copies: a network that writes to a buffer writes to the copy."""
-        module = self.model.module
-        flagged = [p for p in module.parameters() if p.requires_grad]
-        own = [(m, n, b) for m in module.modules() for n, b in m.named_buffers(recurse=False)]
+    def _inputs_from(self, values: dict[str, Tensor]):
+        """Replace the outputs of the embedding modules by the given values."""
+        with ExitStack() as stack:
+            if self.batch.ids is not None:
+                for name, path in _embedding_paths(self.model).items():
+                    give = lambda m, a, out, name=name: with_first(out, values[name].clone())
+                    stack.callback(child(self.model.module, path).register_forward_hook(give).remove)  # type: ignore[union-attr]
+            yield
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Weights without gradients, random numbers as before, and buffers as copies, to which the network may write."""
+    flagged = [p for p in module.parameters() if p.requires_grad]
+    own = [(m, n, b) for m in module.modules() for n, b in m.named_buffers(recurse=False)]
+    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(list(devices)):
         try:
             for p in flagged:
                 p.requires_grad_(False)
@@ -156,16 +175,6 @@ class FrozenNetwork:
                 m._buffers[name] = buffer
             for p in flagged:
                 p.requires_grad_(True)
-
-    @contextmanager
-    def _inputs_from(self, values: dict[str, Tensor]):
-        """Replace the outputs of the embedding modules by the given values."""
-        with ExitStack() as stack:
-            if self.batch.ids is not None:
-                for name, path in _embedding_paths(self.model).items():
-                    give = lambda m, a, out, name=name: with_first(out, values[name].clone())
-                    stack.callback(child(self.model.module, path).register_forward_hook(give).remove)  # type: ignore[union-attr]
-            yield
 
 
 def _embedding_paths(model: Model) -> dict[str, str]:

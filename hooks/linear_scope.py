@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.hooks import guards
 from interp.hooks.checks import check
 from interp.hooks.errors import ArgumentError, CompletenessError, InputError, NonFiniteError
-from interp.hooks.frozen import FrozenNetwork, Select
+from interp.hooks.frozen import FrozenNetwork, Select, untouched
 from interp.hooks.linear_map import LinearMap
 from interp.hooks.linearization import Linearization, LinearizationLike
 from interp.hooks.model import Model, main_tensor
@@ -87,10 +88,11 @@ class LinearScope(LinearMap):
         if self.batch.size != 1:
             raise InputError(f"{self.batch.size} examples", "one reference input", "make one scope for each")
         held = Linearization.of(linearization)
-        select, self.y = self._output(output)
+        select, self.y = self._output(output, held)
+        # Recorded first: where a unit gives NaN, the tape names it.
+        self.network = FrozenNetwork(model, self.batch, held, select)
         if not torch.isfinite(self.y).all():
             raise NonFiniteError("the network's output holds NaN or infinity", "finite output at the reference")
-        self.network = FrozenNetwork(model, self.batch, held, select)
         values = self.network.values
         self.blocks = {name: Block(name, value, self._block_map(name)) for name, value in values.items()}
         first = next(iter(self.blocks.values()))
@@ -103,20 +105,32 @@ class LinearScope(LinearMap):
         self._check_complete()
 
     def _check_complete(self) -> None:
+        if not torch.isfinite(self.Fx + self.r).all():
+            raise NonFiniteError(
+                "F x or r holds NaN or infinity",
+                "finite derivatives at the reference",
+                "a root or a norm of zero has none: choose norm='frozen', or another reference",
+            )
         gap = float((self.Fx + self.r - self.y).abs().max())
         size = max(float(t.abs().max()) for t in (self.Fx, self.r, self.y))
         if not gap <= self.worst_tolerance * max(size, 1e-30):
+            worst, unit = max(self.network.unit_gaps(), default=(0.0, ""))
+            culprit = f"; {unit} is not affine, by {worst:.1e}" if worst > self.worst_tolerance else ""
             raise CompletenessError(
-                f"F x + r differs from the output by {gap:.1e} (of {size:.1e})",
+                f"F x + r differs from the output by {gap:.1e} (of {size:.1e}){culprit}",
                 f"a relative difference below {self.worst_tolerance:.0e}",
                 "a part of this network is not what the tape saw: scope a smaller part of it with output=",
             )
 
     @torch.no_grad()
-    def _output(self, output: SiteLike | Callable[[Any], Tensor] | None) -> tuple[Select, Tensor]:
-        """How the output is picked, and its value in a plain run."""
+    def _output(self, output: SiteLike | Callable[[Any], Tensor] | None, held: Linearization) -> tuple[Select, Tensor]:
+        """How the output is picked, and its value in a plain run, which draws what the recording will draw."""
         if not isinstance(output, (str, Site)):
             select = output or main_tensor
+            if held.keeps_training:
+                guards.refuse_compiled(self.model.module)
+                with untouched(self.model.module):
+                    return select, select(self.model.module(*self.batch.args, **self.batch.kwargs))
             return select, select(self.model.forward(self.batch))
         found = self.model.resolve(output)
         if len(found) != 1:

@@ -14,7 +14,9 @@ _CHOICES = {
     "attention": ("tangent", "frozen"),
     "product": ("tangent", "gate", "split"),
 }
-_OVERRIDES = ("tangent", "gain", "chord", "constant")
+_OVERRIDES = (
+    "tangent", "gain", "chord", "constant", "frozen", "frozen_stats", "batch_stats", "gate", "split", "one_mask",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,18 @@ class Linearization:
         product: Two live factors a·b: ``tangent``; ``gate`` holds the factor that is an activation's output
             (of two, a sigmoid before a tanh before any other);
             ``split`` averages holding the one and the other.
-        overrides: Mode of element-wise units by module path glob or type name
-            (``tangent``, ``gain``, ``chord``, ``constant``).
+        overrides: Modes of single calls, by glob of module paths, type name of a module, or name of a call (``softmax``
+            names all of an attention). An override applies to the calls that have its mode, and must apply to one:
+
+            | call | modes |
+            |---|---|
+            | element-wise unit, power | ``tangent``, ``gain`` if f(0) = 0, ``chord``, ``constant`` |
+            | norm, divisor, quotient | ``tangent``, ``frozen``, ``frozen_stats`` (the mean is held too) |
+            | softmax and products of matrices | ``tangent``, ``frozen``, ``split`` (half through the pattern) |
+            | product | ``tangent``, ``gate``, ``split``, ``split:w`` (w: share in which the gate is held) |
+            | weighted layer | ``constant`` (its output is held) |
+            | batch norm with batch statistics | ``batch_stats`` (those of the reference are held) |
+            | live dropout | ``one_mask`` (that of the reference is held) |
 
     Presets: ``exact`` (all tangent: the Jacobian), ``frozen`` (complete attribution), ``path`` (feature
     vectors: norm and MLP tangent, pattern held).
@@ -56,8 +68,9 @@ class Linearization:
             if getattr(self, name) not in legal:
                 raise ArgumentError(f"Linearization {name}={getattr(self, name)!r}", f"one of {', '.join(legal)}")
         for pattern, mode in self.overrides.items():
-            if mode not in _OVERRIDES:
-                raise ArgumentError(f"override {pattern!r}: {mode!r}", f"one of {', '.join(_OVERRIDES)}")
+            if mode not in _OVERRIDES and not _is_weighted(mode):
+                legal = f"one of {', '.join(_OVERRIDES)}, or split:w with w from 0 to 1"
+                raise ArgumentError(f"override {pattern!r}: {mode!r}", legal)
 
     def __hash__(self) -> int:
         return hash((self.activation, self.norm, self.attention, self.product, tuple(sorted(self.overrides.items()))))
@@ -76,6 +89,11 @@ class Linearization:
         return PRESETS[value]
 
     @property
+    def keeps_training(self) -> bool:
+        """Whether an override says what to do with calls that are random or use batch statistics."""
+        return bool({"batch_stats", "one_mask"} & set(self.overrides.values()))
+
+    @property
     def name(self) -> str:
         """The preset's name, or the four fields."""
         for name, preset in PRESETS.items():
@@ -87,6 +105,11 @@ class Linearization:
     def to_dict(self) -> dict:
         """Plain data: the four fields and the overrides."""
         return {k: getattr(self, k) for k in _CHOICES} | {"overrides": dict(self.overrides)}
+
+
+def _is_weighted(mode: str) -> bool:
+    name, _, weight = mode.partition(":")
+    return name == "split" and weight.replace(".", "", 1).isdecimal() and 0 <= float(weight) <= 1
 
 
 PRESETS = {

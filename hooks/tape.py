@@ -7,7 +7,7 @@ holds the recorded decisions and gives F v + r for any other input v.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from interp.hooks import calls
+from interp.hooks.choices import Choices
 from interp.hooks.composites import COMPOSITES
 from interp.hooks.errors import ControlFlowDivergedError, ControlFlowError, UnsupportedOpError
 from interp.hooks.linearization import Linearization
+from interp.hooks.plain_code import refuse_autocast, remedy, seen
+from interp.hooks.validity import affine_gap, refuse_nonfinite, refuse_wrong, value_at_reference
 
 
 @dataclass
@@ -46,13 +49,15 @@ class Constant:
 
 @dataclass
 class Call:
-    """One call on live values."""
+    """One call on live values: in which module, of which type, inside which fused calls."""
 
     func: Callable
     name: str
     args: tuple
     kwargs: dict[str, Any]
     path: str
+    type: str = ""
+    inside: tuple[str, ...] = ()
     held: list[Tensor] = field(default_factory=list)
     is_constant: bool = False
 
@@ -60,6 +65,19 @@ class Call:
     def live(self) -> list[Tensor]:
         """The live arguments, in order."""
         return [t for t in calls.tensors(self.args, self.kwargs) if calls.is_live(t)]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names under which an override may mean this call."""
+        return (self.name, *self.inside)
+
+    def also(self, name: str) -> "Call":
+        """The same call, under a further name."""
+        return replace(self, inside=(*self.inside, name))
+
+    def instead(self, func: Callable, *args: Any) -> "Call":
+        """Another call in the same place."""
+        return replace(self, func=func, args=args, kwargs={})
 
     def run(self) -> Any:
         """The call as the network makes it."""
@@ -77,6 +95,7 @@ class Call:
 
 
 PENDING, ACTIVATED, RANK, DIVISOR = "pending", "activated", "rank", "divisor"
+PATTERN, MEAN, SOURCE, BASE = "pattern", "mean", "source", "base"
 
 
 class Tags:
@@ -84,8 +103,15 @@ class Tags:
 
     PENDING: not affine in the input, so that something must hold it before the output. ACTIVATED: an activation's
     output, the factor that a gated product holds; RANK: how much of a gate it is. DIVISOR: a norm's divisor that is
-    differentiated.
+    differentiated. PATTERN: an attention pattern whose product is split. MEAN: a mean, and
+    SOURCE: what it is the mean of. BASE: a number times
+    which value.
     """
+
+    @staticmethod
+    def moved(tensors: list[Tensor]) -> dict[str, str]:
+        """The marks of what is made of the tensors: it is no longer their mean, or a multiple of the same value."""
+        return {name: origin for name, origin in Tags.of(tensors).items() if name not in (MEAN, SOURCE, BASE)}
 
     @staticmethod
     def of(tensors: list[Tensor]) -> dict[str, str]:
@@ -130,6 +156,7 @@ class Tape(TorchFunctionMode):
         homogeneous: Replay the linear part alone, F v: every constant is dropped where it would enter. Such a replay
             needs no gradients and keeps no activations; live values are marked instead.
         constants: A list that an affine replay fills with each call's constant.
+        gaps: A list that an affine replay fills with how far each call is from affine, and the call.
     """
 
     def __init__(
@@ -139,10 +166,11 @@ class Tape(TorchFunctionMode):
         entries: list[Entry] | None = None,
         homogeneous: bool = False,
         constants: list[Constant] | None = None,
+        gaps: list[tuple[float, str]] | None = None,
     ):
         super().__init__()
-        self.homogeneous, self.constants = homogeneous, constants
-        self.linearization = linearization
+        self.homogeneous, self.constants, self.gaps = homogeneous, constants, gaps
+        self.linearization, self.choices = linearization, Choices(linearization)
         self.replaying = entries is not None
         self.entries: list[Entry] = entries if entries is not None else []
         self._next = self.depth = 0
@@ -150,15 +178,13 @@ class Tape(TorchFunctionMode):
         self._paths = {id(sub): name for name, sub in module.named_modules()}
         self._types = {name: type(sub).__name__ for name, sub in module.named_modules()}
         self._stack: list[str] = []
+        self._inside: list[str] = []
+        self.latest = ""
 
     @property
     def path(self) -> str:
         """Path of the innermost running module."""
         return self._stack[-1] if self._stack else ""
-
-    def type_at(self, path: str) -> str:
-        """Type name of the module at a path."""
-        return self._types.get(path, "")
 
     def decide(self, call: Call, mode: str, compute: Callable[[], Any]) -> Any:
         """Return what a call holds: computed now, or as recorded.
@@ -169,6 +195,7 @@ class Tape(TorchFunctionMode):
         if not self.replaying:
             shape = tuple(call.live[0].shape)
             held = compute()
+            refuse_nonfinite(call, mode, held)
             self.entries.append(Entry(call.path, call.name, mode, shape, held))
             return held
         if (
@@ -193,7 +220,8 @@ class Tape(TorchFunctionMode):
         with ExitStack() as stack:
 
             def before(module, args) -> None:
-                self._stack.append(self._paths.get(id(module), type(module).__name__))
+                self.latest = self._paths.get(id(module), type(module).__name__)
+                self._stack.append(self.latest)
 
             def after(module, args, output) -> None:
                 self._stack.pop()
@@ -201,6 +229,7 @@ class Tape(TorchFunctionMode):
             stack.callback(module_hooks.register_module_forward_pre_hook(before).remove)
             stack.callback(module_hooks.register_module_forward_hook(after, always_call=True).remove)
             stack.enter_context(torch.set_grad_enabled(not self.homogeneous))
+            stack.enter_context(seen(self))
             if not self.replaying:
                 stack.enter_context(_Unseen(self))
             stack.enter_context(self)
@@ -230,7 +259,8 @@ class Tape(TorchFunctionMode):
         told = args[:1] if name in calls.SHAPED_LIKE else (args, kwargs)
         if not any(calls.is_live(t) for t in calls.tensors(told)):
             return func(*args, **kwargs)
-        call = Call(func, name, args, kwargs, self.path)
+        call = Call(func, name, args, kwargs, self.path, self._types.get(self.path, ""), tuple(self._inside))
+        refuse_autocast(call)
         if name in calls.CONTROL_FLOW or calls.raw_name(func) in calls.CONTROL_FLOW:
             raise ControlFlowError(f"{call} reads a live value", "control flow that does not depend on the input")
         if name in calls.DETACHING or not (torch.is_grad_enabled() or self.homogeneous):
@@ -240,21 +270,32 @@ class Tape(TorchFunctionMode):
                 "detach(), .data or no_grad() would hide a part of the network",
             )
         if name in COMPOSITES:
-            with self:
-                return COMPOSITES[name](*args, **kwargs)
+            return self._written_out(name, args, kwargs)
         rule = RULES.get(name)
         if rule is None:
             raise UnsupportedOpError(
-                f"{call} has no linearisation rule",
-                "a linear call, a known unit or a product",
-                "replace the call, or linearise between sites that do not contain it",
+                f"{call} has no linearisation rule", "a linear call, a known unit or a product", remedy(call)
             )
         return self._apply(rule, call)
 
+    def _written_out(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A fused call as the calls that it stands for, each under its own rule."""
+        self._inside.append(name)
+        try:
+            with self:
+                return COMPOSITES[name](*args, **kwargs)
+        finally:
+            self._inside.pop()
+
     def _apply(self, rule: Callable[["Tape", Call], Any], call: Call) -> Any:
+        value = None if self.replaying else value_at_reference(call)
         pending = [t for t in call.live if PENDING in Tags.of([t])]
-        added = self._constant_of(rule, call) if self.constants is not None and not pending else None
+        added = self.at_multiple(rule, call, 0.0) if self.constants is not None and not pending else None
+        if self.gaps is not None and not pending and (gap := affine_gap(self, rule, call)) is not None:
+            self.gaps.append((gap, str(call)))
         out = rule(self, call)
+        if value is not None:
+            refuse_wrong(call, value, out)
         unheld = [t for t in pending if not any(t is h for h in call.held)]
         if unheld:
             Tags.put(out, Tags.of(calls.tensors(out)) | {PENDING: Tags.of(unheld)[PENDING]})
@@ -266,16 +307,21 @@ class Tape(TorchFunctionMode):
             self._note(added, call, out)
         return out
 
-    def _constant_of(self, rule: Callable[["Tape", Call], Any], call: Call) -> Any:
-        """The call's result for zero live arguments: what it adds. The same decisions are read again afterwards."""
+    @staticmethod
+    def is_pending(value: Tensor) -> bool:
+        """Whether a value is not affine yet."""
+        return PENDING in Tags.of([value])
+
+    def at_multiple(self, rule: Callable[["Tape", Call], Any], call: Call, factor: float) -> Any:
+        """The call's result for a multiple of its live arguments. The same decisions are read again afterwards."""
         first = self._next
-        here = {id(t): Tags.put(torch.zeros_like(t).requires_grad_().clone(), Tags.of([t])) for t in call.live}
+        scaled = lambda t: factor * t.detach() if factor else torch.zeros_like(t)
+        here = {id(t): Tags.put(scaled(t).requires_grad_().clone(), Tags.of([t])) for t in call.live}
         swap = lambda v: here.get(id(v), v)
         args = tuple(tree_map(swap, call.args))
         if calls.in_place(call.func, call.kwargs) and not calls.is_live(args[0]):
             args = (args[0].clone(), *args[1:])
-        zero = Call(call.func, call.name, args, tree_map(swap, call.kwargs), call.path)
-        out = rule(self, zero)
+        out = rule(self, replace(call, args=args, kwargs=tree_map(swap, call.kwargs), held=[]))
         self._next = first
         return args[0] if out is None else out
 
@@ -289,11 +335,14 @@ class Tape(TorchFunctionMode):
                 self.constants.append(Constant(call.path, call.name, value.detach(), leaf))  # type: ignore[union-attr]
 
     def check_finished(self) -> None:
-        """Raise if a replay made fewer calls than the recording.
+        """Raise if a replay made fewer calls than the recording, or a recording met no call for an override.
 
         Raises:
             ControlFlowDivergedError: Naming the call that was not made.
+            ArgumentError: Naming the override.
         """
+        if not self.replaying:
+            self.choices.check()
         if self.replaying and self._next != len(self.entries):
             entry = self.entries[self._next]
             raise ControlFlowDivergedError(

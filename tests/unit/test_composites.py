@@ -88,8 +88,18 @@ def test_custom_autograd_functions_are_refused():
         def backward(ctx, g):
             return g
 
-    with pytest.raises(UnsupportedOpError, match="cuts a live value off"):
-        scope_of(lambda x: Double.apply(x), draw(1, 4))
+    x = draw(1, 4)
+    with pytest.raises(UnsupportedOpError, match=r"Double.apply\(\[1, 4\]\) in fn.*register_unit\(Double"):
+        scope_of(Call(Call(lambda x: Double.apply(x))), x)
+    forget = register_unit(Double, Unit(gain=lambda z: torch.full_like(z, 2)))
+    try:
+        scope = scope_of(lambda x: Double.apply(x), x)
+        torch.testing.assert_close(scope.dense(), 2 * torch.eye(4).double())
+        assert_checks(scope)
+    finally:
+        forget()
+    assert "apply" in vars(torch.autograd.Function)
+    assert torch.autograd.Function.apply.__func__.__module__ == "torch.autograd.function"
 
 
 def test_recurrent_kernels_are_refused():
@@ -99,39 +109,66 @@ def test_recurrent_kernels_are_refused():
 
 def test_a_unit_of_ones_own():
     x = draw(1, 4)
-    with pytest.raises(UnsupportedOpError, match="sinh"):
-        scope_of(torch.sinh, x)
-    forget = register_unit(torch.sinh, Unit(gain=lambda z: torch.sinh(z) / z))
+    with pytest.raises(UnsupportedOpError, match="special_i1"):
+        scope_of(torch.special.i1, x)
+    forget = register_unit(torch.special.i1, Unit(gain=lambda z: torch.special.i1(z) / z))
     try:
-        scope = scope_of(torch.sinh, x)
-        torch.testing.assert_close(scope.dense(), torch.diag((torch.sinh(x) / x)[0]))
+        scope = scope_of(torch.special.i1, x)
+        torch.testing.assert_close(scope.dense(), torch.diag((torch.special.i1(x) / x)[0]))
         assert_checks(scope)
-        assert_checks(scope_of(torch.sinh, x, "exact"))
-        with pytest.raises(ArgumentError, match="sinh"):
-            register_unit(torch.sinh, Unit(piecewise_linear=True))
+        assert_checks(scope_of(torch.special.i1, x, "exact"))
+        with pytest.raises(ArgumentError, match="special_i1"):
+            register_unit(torch.special.i1, Unit(piecewise_linear=True))
     finally:
         forget()
-    with pytest.raises(UnsupportedOpError, match="sinh"):
-        scope_of(torch.sinh, x)
+    with pytest.raises(UnsupportedOpError, match="special_i1"):
+        scope_of(torch.special.i1, x)
 
 
 def test_a_rule_of_ones_own_and_a_wrong_one_that_is_found():
     x = draw(1, 4)
 
     def honest(tape, call):
-        gain = tape.decide(call, "gain", lambda: (torch.cosh(call.args[0]) / call.args[0]).detach())
+        gain = tape.decide(call, "gain", lambda: (torch.special.i0(call.args[0]) / call.args[0]).detach())
         return Tags.put(gain * call.args[0], {})
 
     def wrong(tape, call):
         return Tags.put(call.run(), {})
 
     for rule, holds in ((honest, True), (wrong, False)):
-        forget = register_unit(torch.cosh, rule)
+        forget = register_unit(torch.special.i0, rule)
         try:
             if holds:
-                assert_checks(scope_of(torch.cosh, x))
+                assert_checks(scope_of(torch.special.i0, x))
             else:
-                with pytest.raises(CompletenessError, match="differs from the output"):
-                    scope_of(torch.cosh, x)
+                with pytest.raises(CompletenessError, match=r"differs from the output.*special_i0.*is not affine"):
+                    scope_of(torch.special.i0, x)
         finally:
             forget()
+
+
+def test_a_rule_with_a_wrong_value_is_named_where_it_runs():
+    net = torch.nn.Sequential(nn.Linear(4, 4), Call(torch.special.i1), nn.Linear(4, 2))
+    forget = register_unit(torch.special.i1, Unit(gain=lambda z: 1.01 * torch.special.i1(z) / z))
+    try:
+        with pytest.raises(CompletenessError, match=r"rule of special_i1\(\[1, 4\]\) in 1 gives another value"):
+            scope_of(net, draw(1, 4))
+    finally:
+        forget()
+
+
+def test_check_has_a_row_for_the_units_that_finds_a_rule_that_is_not_affine():
+    def leaky(tape, call):
+        z = tape.decide(call, "gain", lambda: call.args[0].detach().clone())
+        away = 0.0 if tape.homogeneous or not tape.replaying else 1e-3 * (call.args[0] - z) * call.args[0]
+        return Tags.put(torch.special.i1(z) / z * call.args[0] + away, {})
+
+    forget = register_unit(torch.special.i1, leaky)
+    try:
+        checks = scope_of(lambda x: 3 * torch.special.i1(x), draw(1, 4)).check()
+    finally:
+        forget()
+    rows = [row for row in checks if "unit" in row["check"]]
+    assert len(rows) == 1
+    assert "special_i1" in rows[0]["check"]
+    assert not rows[0]["holds"]
