@@ -55,7 +55,9 @@ class Window:
 
     def _mask(self, window: Tensor, what: str) -> Tensor:
         if tuple(window.shape) != self.full:
-            raise ArgumentError(f"a window of shape {list(window.shape)}", f"{list(self.full)}, the shape of the {what}")
+            raise ArgumentError(
+                f"a window of shape {list(window.shape)}", f"{list(self.full)}, the shape of the {what}"
+            )
         mask = window.detach().cpu()
         if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
             raise ArgumentError("a window with values other than 0 and 1", "a mask", "weights are a direction: rmatvec")
@@ -133,3 +135,20 @@ def restricted(
         in_shape=into.shape, out_shape=out.shape,
         like=torch.empty((), dtype=operator.dtype, device=operator.device), linearization=operator.linearization,
     )  # fmt: skip
+
+
+def pool(values: Float[Tensor, "height width"], cell: int = 8) -> Float[Tensor, "rows columns"]:
+    """Sum a map over square cells, in float64; cells at the right and lower edge may be smaller. The sum is kept.
+
+    Raises:
+        ArgumentError: If the cell is not positive.
+
+    Example:
+        >>> pool(torch.ones(3, 5), 2).tolist()
+        [[4.0, 4.0, 2.0], [2.0, 2.0, 1.0]]
+    """
+    if cell < 1:
+        raise ArgumentError(f"cell={cell}", "at least 1 pixel")
+    height, width = values.shape
+    padded = torch.nn.functional.pad(values.detach().double().cpu(), (0, -width % cell, 0, -height % cell))
+    return padded.unflatten(1, (-1, cell)).unflatten(0, (-1, cell)).sum((1, 3))
