@@ -14,11 +14,14 @@ from torch import Tensor
 
 from interp.hooks.checks import check
 from interp.hooks.errors import ArgumentError, CompletenessError, InputError, NonFiniteError
+from interp.hooks.examples import each_example
 from interp.hooks.frozen import FrozenNetwork, Select
+from interp.hooks.held_units import unit_table
 from interp.hooks.linear_map import LinearMap
 from interp.hooks.linearization import Linearization, LinearizationLike
 from interp.hooks.model import Model, main_tensor
 from interp.hooks.origins import origin_of
+from interp.hooks.pictures import filter_at, white_impulses
 from interp.hooks.session import Read
 from interp.hooks.site import Site, SiteLike
 from interp.hooks.stability import CELL, NOISE, Stability, stability
@@ -26,6 +29,7 @@ from interp.hooks.table import Table
 from interp.hooks.targets import Targets
 from interp.hooks.token_blocks import TokenBlocks, token_blocks
 from interp.hooks.votes import BiasReport, Votes, report_biases
+from interp.hooks.windows import WindowLike, restricted
 
 _HALF_TOLERANCE = 2e-2
 _OUTLIER = 5
@@ -88,7 +92,7 @@ class LinearScope(LinearMap):
         self.model = model
         self.batch = model.batch(x)
         if self.batch.size != 1:
-            raise InputError(f"{self.batch.size} examples", "one reference input", "make one scope for each")
+            raise InputError(f"{self.batch.size} examples", "one reference input", "LinearScope.each makes one of each")
         held = Linearization.of(linearization)
         select, self.y = self._output(output)
         if not torch.isfinite(self.y).all():
@@ -104,6 +108,25 @@ class LinearScope(LinearMap):
         self.r = self.replay({name: torch.zeros_like(value) for name, value in values.items()})
         self.Fx = self.network.push(values)
         self._check_complete()
+
+    @classmethod
+    def each(
+        cls, model: Model, inputs: Any, linearization: LinearizationLike = "frozen", **options: Any
+    ) -> list["LinearScope"]:
+        """Return one scope for each example: a list of texts, rows of token ids, a batch of images.
+
+        Every scope has its own tape and its example without padding, so that batch mates change nothing.
+
+        Args:
+            model: An attached model.
+            inputs: Several examples.
+            linearization: As for one scope.
+            options: As for one scope: ``output``, ``origin``.
+
+        Raises:
+            InputError: If it is not plain which part of the inputs belongs to which example.
+        """
+        return [cls(model, one, linearization, **options) for one in each_example(model, inputs)]
 
     def _check_complete(self) -> None:
         gap = float((self.Fx + self.r - self.y).abs().max())
@@ -308,21 +331,44 @@ class LinearScope(LinearMap):
         """
         return token_blocks(self, positions, probes, seed)
 
+    def restrict(
+        self, window: WindowLike | None = None, input_window: WindowLike | None = None, *, centred: bool = False
+    ) -> LinearMap:
+        """Return F between windows of inputs and outputs as a map of its own, with its rows, columns, svd and eig.
+
+        Args:
+            window: Outputs: a mask shaped like the output (without batch axis), or a box of slices.
+            input_window: Inputs: likewise.
+            centred: Whether to subtract the mean over the last output axis: the common shift of logits.
+
+        Raises:
+            ArgumentError: If a window does not fit, or outputs to centre are no logits.
+        """
+        return restricted(self, window, input_window, centred)
+
+    def impulse_responses(self, pixels: Sequence[Any]) -> Float[Tensor, "n ..."]:
+        """Return what white input pixels (row, column) project into the output: columns summed over input channels.
+
+        Raises:
+            ArgumentError: If the input is no picture, or a pixel is outside it.
+        """
+        return white_impulses(self, pixels)
+
+    def receptive_filter(self, at: Any) -> Float[Tensor, "..."]:
+        """Return what an output pixel (row, column) reads: rows averaged over output channels; or the row of a class.
+
+        Raises:
+            ArgumentError: If the pixel or class does not exist.
+        """
+        return filter_at(self, at)
+
     @property
     def units(self) -> Table:
-        """Every decision that is held: module, call, mode and shape."""
-        rows = []
-        for index, entry in enumerate(self.network.entries):
-            rows.append(
-                {
-                    "call": index,
-                    "module": entry.path,
-                    "op": entry.op,
-                    "mode": entry.mode,
-                    "shape": str(list(entry.shape)),
-                }
-            )
-        return Table(rows, f"{len(rows)} held decisions")
+        """Every decision that is held: module, call, mode, shape; of units the share that is on and saturated.
+
+        A gain above 100 is noted as ill-conditioned. See `interp.hooks.held_units.unit_table`.
+        """
+        return unit_table(self.network.entries)
 
     def check(self, probes: int = 2, seed: int = 0) -> Table:
         """Return the checks: completeness, reference untouched, replay against F, adjoint; each with its tolerance.
