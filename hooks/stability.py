@@ -5,6 +5,7 @@ decisions, not of the network's function.
 """
 
 import copy
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -72,9 +73,9 @@ class Stability:
         text = (
             f"under {self._change}: cosine of the row {self.mean_cosine:.3f}, of votes {float(self.votes.mean()):.3f}"
         )
-        text += f"{cells}, {self.mean_flips:.2%} of units flip"
-        if self.float64_cosine is not None:
-            text += f"; in float64: row {self.float64_cosine:.4f}, {self.float64_flips:.2%} flip"
+        text += f"{cells}{_flips_text(self.mean_flips)}"
+        if self.float64_cosine is not None and self.float64_flips is not None:
+            text += f"; in float64: row {self.float64_cosine:.4f}{_flips_text(self.float64_flips)}"
         return text
 
     @property
@@ -137,6 +138,10 @@ def stability(
     )  # fmt: skip
 
 
+def _flips_text(share: float) -> str:
+    return "" if math.isnan(share) else f", {share:.2%} of units flip"
+
+
 def _noisy(value: Tensor, noise: float | None, noise_std: float | None, made: torch.Generator) -> Tensor:
     """The value with noise of a norm relative to its own, or of a standard deviation."""
     step = torch.randn(value.shape, generator=made).to(value)
@@ -148,13 +153,16 @@ def _cells(votes: Tensor, cell: int) -> Tensor:
 
 
 def flipped(here: "list[Entry]", there: "list[Entry]") -> float:
-    """Return the share of element-wise units whose tangent slope differs between two tapes of one network."""
+    """Return the share of element-wise units whose tangent slope differs between two tapes of one network.
+
+    Not a number where the network has no unit with a tangent: smooth gates under ``frozen`` do not flip.
+    """
     changed = total = 0
     for one, two in zip(here, there, strict=True):
         if one.mode == "tangent" and isinstance(one.held, tuple):
             differs = one.held[0] != two.held[0].to(one.held[0])
             changed, total = changed + int(differs.sum()), total + differs.numel()
-    return changed / total if total else 0.0
+    return changed / total if total else float("nan")
 
 
 def _in_float64(scope: "LinearScope") -> FrozenNetwork:
