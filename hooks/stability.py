@@ -145,7 +145,9 @@ def _flips_text(share: float) -> str:
 def _noisy(value: Tensor, noise: float | None, noise_std: float | None, made: torch.Generator) -> Tensor:
     """The value with noise of a norm relative to its own, or of a standard deviation."""
     step = torch.randn(value.shape, generator=made).to(value)
-    return value + (noise_std * step if noise is None else noise * value.norm() / step.norm() * step)
+    if noise_std is not None:
+        return value + noise_std * step
+    return value + (noise or 0.0) * value.norm() / step.norm() * step
 
 
 def _cells(votes: Tensor, cell: int) -> Tensor:

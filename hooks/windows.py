@@ -90,7 +90,7 @@ class Window:
         return full.reshape(len(values), *self.full)
 
 
-def centre(values: Float[Tensor, "n ... classes"]) -> Float[Tensor, "n ... classes"]:
+def centre(values: Float[Tensor, "... classes"]) -> Float[Tensor, "... classes"]:
     """Subtract the mean over the last axis: the common shift of logits, which a softmax does not see."""
     return values - values.mean(-1, keepdim=True)
 
