@@ -122,7 +122,7 @@ def stability(
         moved = FrozenNetwork(scope.model, scope.batch, network.held, network.select, values)
         other = moved.pull(block, w[None])[0]
         their = scope.reduce(other * (values[block] - scope.origin)[0])
-        cells = (_cells(votes, cell), _cells(their, cell))
+        cells = [pool(v, cell) if here.ndim == 4 else v for v in (votes, their)]
         found.append((
             _cosine(other, row), _cosine(their, votes), _cosine(*cells), flipped(network.entries, moved.entries),
             float((values[block] - here).norm() / here.norm().clamp(min=1e-30)),
@@ -131,7 +131,7 @@ def stability(
     exact = _in_float64(scope) if float64 else None
     return Stability(
         noise=float(sizes.mean()) if noise is None else noise, noise_std=noise_std, cosines=cosines, votes=of_votes,
-        cells=of_cells, flips=flips, target=target, cell=cell if votes.ndim == 2 and here.ndim == 4 else None,
+        cells=of_cells, flips=flips, target=target, cell=cell if here.ndim == 4 else None,
         float64_cosine=None if exact is None else _cosine(exact.pull(block, w[None].double())[0], row),
         float64_flips=None if exact is None else flipped(network.entries, exact.entries),
         linearization=network.held.name,
@@ -148,10 +148,6 @@ def _noisy(value: Tensor, noise: float | None, noise_std: float | None, made: to
     if noise_std is not None:
         return value + noise_std * step
     return value + (noise or 0.0) * value.norm() / step.norm() * step
-
-
-def _cells(votes: Tensor, cell: int) -> Tensor:
-    return pool(votes, cell) if votes.ndim == 2 else votes
 
 
 def flipped(here: "list[Entry]", there: "list[Entry]") -> float:

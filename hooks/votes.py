@@ -48,15 +48,14 @@ class Votes:
     @property
     def caption(self) -> str:
         """One line for a figure or a table: how far these votes can be read."""
-        if self.stability is None:
-            return "stability not tested: votes(..., stability=True)"
-        return self.stability.caption
+        return "stability not tested" if self.stability is None else self.stability.caption
 
     def __repr__(self) -> str:
         return (
             f"Votes for {self.target}: {self.total:.4g} + residual {self.residual:.4g} = {self.value:.4g} "
             f"(bias share {self.bias_share:.0%}, votes cancel {self.cancellation:.3g}-fold)\n"
             f"{self.linearization or 'linearization not recorded'}, origin {self.origin}; {self.caption}"
+            + (": votes(..., stability=True)" if self.stability is None else "")
         )
 
     @property

