@@ -96,8 +96,10 @@ def finish(chart: Any, sets: Sets, clicks: "Clicks | None" = None, title: str = 
     import altair as alt
 
     lines = [*textwrap.wrap(note, _NOTE_WIDTH), *([HINT] if title and clicks is not None else [])]
-    if title or lines:
+    if title:
         chart = chart.properties(title=alt.TitleParams(title, subtitle=lines or alt.Undefined))
+    elif lines:  # Vega leaves out a subtitle that stands under no title.
+        chart = chart.properties(title=alt.TitleParams(lines, fontSize=12, fontWeight="normal", color=MUTED))
     chart = (
         chart.configure(font=FONT, background="white", padding=6)
         .configure_view(stroke=None)

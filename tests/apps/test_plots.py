@@ -158,10 +158,11 @@ def test_the_scale_of_votes_is_symmetric():
 
 
 def test_a_figure_of_votes_says_how_stable_they_are():
-    assert chart(picture_votes()).to_dict()["title"]["subtitle"] == ["stability not tested"]
+    assert chart(picture_votes()).to_dict()["title"]["text"] == ["stability not tested"]
+    assert chart(picture_votes(), title="palace").to_dict()["title"]["subtitle"][0] == "stability not tested"
     numbers = torch.tensor([0.5, 0.7])
     tested = Stability(0.01, numbers, numbers, numbers, numbers / 10, None, None, "palace", cell=8)
-    lines = chart(replace(token_votes(TOKENS), stability=tested)).to_dict()["title"]["subtitle"]
+    lines = chart(replace(token_votes(TOKENS), stability=tested)).to_dict()["title"]["text"]
     assert " ".join(lines).startswith("under noise 0.01: cosine of the row 0.600, of votes 0.600")
     assert " ".join(lines).endswith("6.00% of units flip")
 

@@ -124,6 +124,9 @@ def test_contributions_are_the_moved_embeddings(name, tmp_path):
     assert (found.contributions <= found.norms * scope.x[0].norm(dim=-1).double() * (1 + 1e-5)).all()
     assert found.contributions[0, 3:].abs().max() == 0, "a later token moves nothing earlier"
     assert torch.equal(scope.token_blocks([2, -1], probes=4).contributions, found.contributions)
+    moved = interp.LinearScope(model, ids, output="blocks.1.hook_resid_post", origin="mean").token_blocks([2])
+    less = torch.einsum("isj,sj->si", dense[2], (scope.x[0] - scope.x[0].mean(0)).double()).norm(dim=-1)
+    torch.testing.assert_close(moved.contributions[0], less, rtol=1e-4, atol=1e-6)
     row = found.to_records()[1]
     assert row["contribution"] == pytest.approx(float(wanted[2, 1]), rel=1e-5)
     save_result(found, tmp_path / "blocks")
