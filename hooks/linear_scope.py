@@ -15,17 +15,22 @@ from torch import Tensor
 from interp.hooks import guards
 from interp.hooks.checks import check
 from interp.hooks.errors import ArgumentError, CompletenessError, InputError, NonFiniteError
+from interp.hooks.examples import each_example
 from interp.hooks.frozen import FrozenNetwork, Select, untouched
+from interp.hooks.held_units import unit_table
 from interp.hooks.linear_map import LinearMap
 from interp.hooks.linearization import Linearization, LinearizationLike
 from interp.hooks.model import Model, main_tensor
+from interp.hooks.origins import origin_of
+from interp.hooks.pictures import filter_at, white_impulses
 from interp.hooks.session import Read
 from interp.hooks.site import Site, SiteLike
-from interp.hooks.stability import Stability, stability
+from interp.hooks.stability import CELL, NOISE, Stability, stability
 from interp.hooks.table import Table
 from interp.hooks.targets import Targets
 from interp.hooks.token_blocks import TokenBlocks, token_blocks
 from interp.hooks.votes import BiasReport, Votes, report_biases
+from interp.hooks.windows import WindowLike, restricted
 
 _HALF_TOLERANCE = 2e-2
 _OUTLIER = 5
@@ -53,7 +58,9 @@ class LinearScope(LinearMap):
         linearization: ``frozen`` (default), ``exact``, ``path``, or a Linearization.
         output: The output: a site (the network behind it is not run), or a function that picks a tensor from what the
             module returns; by default its logits or main tensor.
-        origin: Origin o of the input space for votes: y = F (x - o) + (r + F o). Zero by default.
+        origin: Origin o of the input space for votes: y = F (x - o) + (r + F o). Zero by default; ``"mean"``: the mean
+            colour of the picture, or the mean embedding of the text; ``"black"``, ``"grey"``: pictures of that colour
+            as the model's preprocessing gives them; or a tensor.
 
     Attributes:
         y: Output of the network itself, with its batch axis.
@@ -81,12 +88,12 @@ class LinearScope(LinearMap):
         linearization: LinearizationLike = "frozen",
         *,
         output: SiteLike | Callable[[Any], Tensor] | None = None,
-        origin: Tensor | None = None,
+        origin: Tensor | str | None = None,
     ):
         self.model = model
         self.batch = model.batch(x)
         if self.batch.size != 1:
-            raise InputError(f"{self.batch.size} examples", "one reference input", "make one scope for each")
+            raise InputError(f"{self.batch.size} examples", "one reference input", "LinearScope.each makes one of each")
         held = Linearization.of(linearization)
         select, self.y = self._output(output, held)
         # Recorded first: where a unit gives NaN, the tape names it.
@@ -99,10 +106,29 @@ class LinearScope(LinearMap):
         super().__init__(first.map._push, first.map._pull, first.map.in_shape, first.map.out_shape, self.y, held)
         self.x = first.value
         self.targets = Targets(model, self.batch, self.y)
-        self.origin = self._origin(origin)
+        self.origin, self.origin_name = origin_of(model, self.x, origin, self.batch.ids is not None)
         self.r = self.replay({name: torch.zeros_like(value) for name, value in values.items()})
         self.Fx = self.network.push(values)
         self._check_complete()
+
+    @classmethod
+    def each(
+        cls, model: Model, inputs: Any, linearization: LinearizationLike = "frozen", **options: Any
+    ) -> list["LinearScope"]:
+        """Return one scope for each example: a list of texts, rows of token ids, a batch of images.
+
+        Every scope has its own tape and its example without padding, so that batch mates change nothing.
+
+        Args:
+            model: An attached model.
+            inputs: Several examples.
+            linearization: As for one scope.
+            options: As for one scope: ``output``, ``origin``.
+
+        Raises:
+            InputError: If it is not plain which part of the inputs belongs to which example.
+        """
+        return [cls(model, one, linearization, **options) for one in each_example(model, inputs)]
 
     def _check_complete(self) -> None:
         if not torch.isfinite(self.Fx + self.r).all():
@@ -158,45 +184,44 @@ class LinearScope(LinearMap):
             in_shape=value.shape[1:], out_shape=self.y.shape[1:], like=self.y, linearization=network.held,
         )  # fmt: skip
 
-    def _origin(self, origin: Tensor | None) -> Tensor:
-        if origin is None:
-            return torch.zeros_like(self.x)
-        try:
-            return torch.as_tensor(origin, dtype=self.x.dtype, device=self.x.device).expand_as(self.x)
-        except RuntimeError:
-            raise InputError(
-                f"origin of shape {list(origin.shape)}", f"a shape that broadcasts to {list(self.x.shape)}"
-            ) from None
-
     # Reading ---------------------------------------------------------------------------------------------------------
 
-    def votes(self, target: Any, margin_to: Any = None, *, position: int = -1) -> Votes:
+    def votes(
+        self, target: Any, margin_to: Any = None, *, position: int = -1, centred: bool = False, stability: bool = False
+    ) -> Votes:
         """Return each input element's vote for a target: (Fᵀ w) ⊙ (x - o), summed over channels.
 
-        w is the target's unit vector, or target minus ``margin_to``, or a given tensor shaped like the output.
+        w is the target's unit vector, or target minus ``margin_to``, or a given tensor shaped like the output. Under
+        ``exact`` votes are gradient × input, which on a transformer leaves most of the logit in the residual. A row
+        is not robust by itself: `stability` says how far these votes can be read.
 
         Args:
             target: A token (string or id) of a language model, a class (label or index), an index tuple into the
-                output, or a direction w.
+                output (with slices: the mean over that box), a list of these (their mean), or a direction w.
             margin_to: A second target; the votes are then for the difference.
             position: For language models, whose next token; the last by default.
+            centred: Votes for target minus the mean over all classes or tokens (w = e_k - 1/K): what a softmax sees.
+            stability: Whether to add what small noise does to row and votes, as `stability` does by default.
 
         Raises:
             TokenError: If a string is not exactly one token.
-            ArgumentError: If the target does not exist.
+            ArgumentError: If the target does not exist, or a margin is to be centred.
             CompletenessError: If votes and residual do not sum to the output.
         """
-        w, name = self.targets.pair(target, margin_to, position)
+        w, name = self.targets.pair(target, margin_to, position, centred)
+        tested = self.stability(target, margin_to, position=position, centred=centred) if stability else None
         shift = {next(iter(self.blocks)): self.origin[0]}
-        elements = {n: b.map.rmatvec(w) * (b.value[0] - shift.get(n, 0.0)) for n, b in self.blocks.items()}
+        rows = {n: b.map.rmatvec(w) for n, b in self.blocks.items()}
+        elements = {n: rows[n] * (b.value[0] - shift.get(n, 0.0)) for n, b in self.blocks.items()}
         flat = torch.cat([e.flatten() for e in elements.values()]).double()
         residual = (w.double() * self.r[0].double()).sum()
-        residual = residual + (self.rmatvec(w).double() * self.origin[0].double()).sum()
-        maps = {n: self._reduce(e) for n, e in elements.items()}
+        residual = residual + (next(iter(rows.values())).double() * self.origin[0].double()).sum()
+        maps = {n: self.reduce(e) for n, e in elements.items()}
         votes = Votes(
             map=next(iter(maps.values())), blocks=maps, total=float(flat.sum()), abs_total=float(flat.abs().sum()),
             residual=float(residual), value=float((w.double() * self.y[0].double()).sum()),
-            labels=self.labels, target=name,
+            labels=self.labels, target=name, origin=self.origin_name, linearization=self.network.held.name,
+            stability=tested,
         )  # fmt: skip
         if votes.completeness_error > self.tolerance:
             raise CompletenessError(
@@ -226,7 +251,8 @@ class LinearScope(LinearMap):
         """
         return self.targets.direction(target, position)
 
-    def _reduce(self, elements: Tensor) -> Tensor:
+    def reduce(self, elements: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Sum what is shaped like one input over its channels: [pos] of embeddings, [height, width] of a picture."""
         if self.batch.ids is not None:
             return elements.sum(-1)
         return elements.sum(0) if elements.ndim == 3 else elements
@@ -238,7 +264,9 @@ class LinearScope(LinearMap):
             return None
         return [self.model.tokenizer.decode([t]) for t in self.batch.ids[0].tolist()]
 
-    def bias_report(self, target: Any, margin_to: Any = None, *, position: int = -1) -> BiasReport:
+    def bias_report(
+        self, target: Any, margin_to: Any = None, *, position: int = -1, centred: bool = False
+    ) -> BiasReport:
         """Return which call put what into r: r · w = Σ <G, c>, c a call's constant, G the gradient at its output.
 
         Another origin o of the input space adds one term, F o. Constants are biases, normalisation shifts, offsets of
@@ -249,14 +277,18 @@ class LinearScope(LinearMap):
             target: As for `votes`.
             margin_to: As for `votes`.
             position: As for `votes`.
+            centred: As for `votes`.
 
         Raises:
             CompletenessError: If the terms do not sum to r · w.
         """
-        w, name = self.targets.pair(target, margin_to, position)
+        w, name = self.targets.pair(target, margin_to, position, centred)
         moved = (self.rmatvec(w) * self.origin[0]).detach()
         residual = float((w.double() * self.r[0].double()).sum() + moved.double().sum())
-        report = report_biases(self.network.constants(w), residual, name, moved)
+        report = report_biases(
+            self.network.constants(w), moved, residual=residual, target=name, origin=self.origin_name,
+            linearization=self.network.held.name,
+        )  # fmt: skip
         if report.completeness_error > self.tolerance:
             raise CompletenessError(
                 f"constants sum to {report.total:.6g}, r is {report.residual:.6g} for {name}",
@@ -265,25 +297,34 @@ class LinearScope(LinearMap):
         return report
 
     def stability(
-        self, target: Any, margin_to: Any = None, *, position: int = -1, noise: float = 0.01, samples: int = 4,
-        float64: bool = False, seed: int = 0,
+        self, target: Any, margin_to: Any = None, *, position: int = -1, centred: bool = False,
+        noise: float | None = None, noise_std: float | None = None, samples: int = 4, float64: bool = False,
+        cell: int = CELL, seed: int = 0,
     ) -> Stability:  # fmt: skip
-        """Return what small input noise (and float64, on a copy of the model) do to a row and to the units' decisions.
+        """Return what small input noise (and float64, on a copy of the model) do to a row, its votes and decisions.
+
+        Each noisy input costs as much as a new scope and a row.
 
         Args:
             target: As for `votes`.
             margin_to: As for `votes`.
             position: As for `votes`.
-            noise: Norm of the noise relative to the input's.
+            centred: As for `votes`.
+            noise: Norm of the noise relative to the input's; 0.01 where no noise_std is given.
+            noise_std: Standard deviation of the noise in units of the input, instead.
             samples: How many noisy inputs.
             float64: Whether to compare with a float64 copy of the model.
+            cell: Side of the square cells of a picture over which votes are summed.
             seed: Of the noise.
 
         Raises:
-            ArgumentError: If noise or samples are not positive.
+            ArgumentError: If a number is not positive, or both noise and noise_std are given.
         """
-        w, name = self.targets.pair(target, margin_to, position)
-        return stability(self, w, name, noise, samples, float64, seed)
+        w, name = self.targets.pair(target, margin_to, position, centred)
+        noise = NOISE if noise is None and noise_std is None else noise
+        return stability(
+            self, w, name, noise=noise, noise_std=noise_std, samples=samples, float64=float64, cell=cell, seed=seed
+        )
 
     def token_blocks(
         self, positions: Sequence[int] | None = None, *, probes: int | None = None, seed: int = 0
@@ -304,21 +345,44 @@ class LinearScope(LinearMap):
         """
         return token_blocks(self, positions, probes, seed)
 
+    def restrict(
+        self, window: WindowLike | None = None, input_window: WindowLike | None = None, *, centred: bool = False
+    ) -> LinearMap:
+        """Return F between windows of inputs and outputs as a map of its own, with its rows, columns, svd and eig.
+
+        Args:
+            window: Outputs: a mask shaped like the output (without batch axis), or a box of slices.
+            input_window: Inputs: likewise.
+            centred: Whether to subtract the mean over the last output axis: the common shift of logits.
+
+        Raises:
+            ArgumentError: If a window does not fit, or outputs to centre are no logits.
+        """
+        return restricted(self, window, input_window, centred)
+
+    def impulse_responses(self, pixels: Sequence[Any]) -> Float[Tensor, "n ..."]:
+        """Return what white input pixels (row, column) project into the output: columns summed over input channels.
+
+        Raises:
+            ArgumentError: If the input is no picture, or a pixel is outside it.
+        """
+        return white_impulses(self, pixels)
+
+    def receptive_filter(self, at: Any) -> Float[Tensor, "..."]:
+        """Return what an output pixel (row, column) reads: rows averaged over output channels; or the row of a class.
+
+        Raises:
+            ArgumentError: If the pixel or class does not exist.
+        """
+        return filter_at(self, at)
+
     @property
     def units(self) -> Table:
-        """Every decision that is held: module, call, mode and shape."""
-        rows = []
-        for index, entry in enumerate(self.network.entries):
-            rows.append(
-                {
-                    "call": index,
-                    "module": entry.path,
-                    "op": entry.op,
-                    "mode": entry.mode,
-                    "shape": str(list(entry.shape)),
-                }
-            )
-        return Table(rows, f"{len(rows)} held decisions")
+        """Every decision that is held: module, call, mode, shape; of units the share that is on and saturated.
+
+        A gain above 100 is noted as ill-conditioned. See `interp.hooks.held_units.unit_table`.
+        """
+        return unit_table(self.network.entries)
 
     def check(self, probes: int = 2, seed: int = 0) -> Table:
         """Return the checks: completeness, reference untouched, replay against F, adjoint; each with its tolerance.

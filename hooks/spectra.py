@@ -12,6 +12,7 @@ from torch import Tensor
 
 from interp.hooks.errors import ArgumentError
 from interp.hooks.table import Table
+from interp.hooks.windows import Window, WindowLike, restricted
 
 if TYPE_CHECKING:
     from interp.hooks.linear_map import LinearMap
@@ -34,13 +35,15 @@ class SVD:
         u: Left singular vectors [k, *out_shape].
         s: Singular values [k].
         v: Right singular vectors [k, *in_shape].
-        residuals: max(‖F v - σ u‖, ‖Fᵀ u - σ v‖) / σ_1 of each pair [k].
+        residuals: max(‖F v - σ u‖, ‖Fᵀ u - σ v‖) / σ_1 of each pair [k], F restricted to the windows.
+        linearization: What was held.
     """
 
     u: Float[Tensor, "k ..."] = field(repr=False)
     s: Float[Tensor, "k"]
     v: Float[Tensor, "k ..."] = field(repr=False)
     residuals: Float[Tensor, "k"]
+    linearization: str = ""
 
     def to_records(self) -> list[dict[str, Any]]:
         """One row for each value."""
@@ -59,12 +62,14 @@ class Eigen:
     Attributes:
         values: Eigenvalues [k].
         vectors: Eigenvectors of unit norm [k, *in_shape].
-        residuals: ‖F v - λ v‖ / |λ_1| of each pair [k].
+        residuals: ‖F v - λ v‖ / |λ_1| of each pair [k], F restricted to the window.
+        linearization: What was held.
     """
 
     values: Complex[Tensor, "k"]
     vectors: Complex[Tensor, "k ..."] = field(repr=False)
     residuals: Float[Tensor, "k"]
+    linearization: str = ""
 
     def to_records(self) -> list[dict[str, Any]]:
         """One row for each value: real part, imaginary part, residual."""
@@ -77,32 +82,35 @@ def svd(
     k: int = 6,
     *,
     method: Literal["lanczos", "randomised"] = "lanczos",
-    window: Tensor | None = None,
+    window: WindowLike | None = None,
+    input_window: WindowLike | None = None,
+    centred: bool = False,
     tolerance: float = 1e-4,
     seed: int = 0,
 ) -> SVD:
-    """Return the k largest singular triplets of F, or of F restricted to a window of outputs.
+    """Return the k largest singular triplets of F, or of F between windows of inputs and outputs.
 
     ``lanczos`` works on FᵀF or FFᵀ, the smaller side. ``randomised`` subspace iteration is fast where the spectrum
-    decays and underestimates a flat one; both report residuals.
+    decays and underestimates a flat one; both report residuals. Vectors are zero outside the windows.
 
     Args:
         operator: The map.
         k: How many.
         method: ``lanczos`` or ``randomised``.
-        window: Mask of outputs [*out_shape]; entries outside count as zero.
+        window: Outputs: a mask [*out_shape] or a box of slices; the operator is restricted to them.
+        input_window: Inputs: likewise, of [*in_shape].
+        centred: Remove the common shift of all classes (the mean over the last output axis) first.
         tolerance: Residual above which a `NotConvergedWarning` is given.
         seed: Of the start vector.
 
     Raises:
-        ArgumentError: If k or the method is out of range, or the window has another shape.
+        ArgumentError: If k or the method is out of range, a window does not fit, or outputs to centre are no logits.
     """
-    rows, columns = math.prod(operator.out_shape), math.prod(operator.in_shape)
+    part = restricted(operator, window, input_window, centred)
+    rows, columns = math.prod(part.out_shape), math.prod(part.in_shape)
     if not 1 <= k < min(rows, columns):
         raise ArgumentError(f"k={k} of a {rows} x {columns} map", f"1..{min(rows, columns) - 1}")
-    if window is not None and tuple(window.shape) != operator.out_shape:
-        raise ArgumentError(f"a window of shape {list(window.shape)}", f"{list(operator.out_shape)}")
-    pair = _Windowed(operator, window)
+    pair = _Flat(part)
     if method == "lanczos":
         u, s, v = _lanczos(pair, k, seed)
     elif method == "randomised":
@@ -113,52 +121,62 @@ def svd(
     u, v = u * sign, v * sign
     residuals = _residuals(pair, u, s, v)
     _warn(residuals, tolerance, "singular")
-    return SVD(u.reshape(k, *operator.out_shape), s, v.reshape(k, *operator.in_shape), residuals)
+    out, into = Window(window, operator.out_shape), Window(input_window, operator.in_shape)
+    return SVD(out.embed(u), s, into.embed(v), residuals, _held(operator))
 
 
-def eig(operator: "LinearMap", k: int = 6, *, tolerance: float = 1e-4, seed: int = 0) -> Eigen:
-    """Return the k eigenpairs of largest magnitude of a square map.
+def eig(
+    operator: "LinearMap", k: int = 6, *, window: WindowLike | None = None, tolerance: float = 1e-4, seed: int = 0
+) -> Eigen:
+    """Return the k eigenpairs of largest magnitude of a square map, or of its part within a window.
+
+    Args:
+        operator: The map.
+        k: How many.
+        window: Entries of input and output alike: a mask or a box of slices; vectors are zero outside.
+        tolerance: Residual above which a `NotConvergedWarning` is given.
+        seed: Of the start vector.
 
     Raises:
-        ArgumentError: If the map is not square, or k is out of range.
+        ArgumentError: If the map is not square, k is out of range, or the window does not fit.
     """
     from scipy.sparse.linalg import eigs
 
-    size = math.prod(operator.in_shape)
     if operator.in_shape != operator.out_shape:
         raise ArgumentError(f"a map {list(operator.in_shape)} -> {list(operator.out_shape)}", "equal shapes", "use svd")
+    part = restricted(operator, window, window)
+    size = math.prod(part.in_shape)
     if not 1 <= k < size - 1:
         raise ArgumentError(f"k={k} of a {size} x {size} map", f"1..{size - 2}")
     start = np.random.default_rng(seed).standard_normal(size)
-    values, vectors = eigs(operator.to_scipy(), k=k, v0=start)  # pyright: ignore[reportAssignmentType]
+    values, vectors = eigs(part.to_scipy(), k=k, v0=start)  # pyright: ignore[reportAssignmentType]
     order = np.argsort(-np.abs(values))
     values, vectors = torch.from_numpy(values[order]), torch.from_numpy(vectors[:, order].T.copy())
-    parts = [
-        operator.matvec(p.reshape(k, *operator.in_shape)).reshape(k, -1).double() for p in (vectors.real, vectors.imag)
-    ]
+    parts = [_Flat(part).push(p.contiguous()).double().cpu() for p in (vectors.real, vectors.imag)]
     gap = torch.complex(*parts) - values[:, None] * vectors
     residuals = gap.norm(dim=1) / values.abs().max().clamp(min=1e-30)
     _warn(residuals, tolerance, "eigen")
-    return Eigen(values, vectors.reshape(k, *operator.in_shape), residuals)
+    return Eigen(values, Window(window, operator.in_shape).embed(vectors), residuals, _held(operator))
 
 
-class _Windowed:
-    """F and Fᵀ on flat probes [n, size], outputs outside the window dropped."""
+def _held(operator: "LinearMap") -> str:
+    return operator.linearization.name if operator.linearization else ""
 
-    def __init__(self, operator: "LinearMap", window: Tensor | None):
+
+class _Flat:
+    """F and Fᵀ on flat probes [n, size]."""
+
+    def __init__(self, operator: "LinearMap"):
         self.operator = operator
-        self.window = None if window is None else window.reshape(-1).to(operator.device, operator.dtype)
 
     def push(self, v: Tensor) -> Tensor:
-        out = self.operator.matvec(v.reshape(-1, *self.operator.in_shape)).reshape(len(v), -1)
-        return out if self.window is None else out * self.window
+        return self.operator.matvec(v.reshape(-1, *self.operator.in_shape)).reshape(len(v), -1)
 
     def pull(self, w: Tensor) -> Tensor:
-        w = w if self.window is None else w * self.window
         return self.operator.rmatvec(w.reshape(-1, *self.operator.out_shape)).reshape(len(w), -1)
 
 
-def _lanczos(pair: _Windowed, k: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _lanczos(pair: _Flat, k: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     from scipy.sparse.linalg import LinearOperator, eigsh
 
     operator = pair.operator
@@ -181,7 +199,7 @@ def _lanczos(pair: _Windowed, k: int, seed: int) -> tuple[Tensor, Tensor, Tensor
     return (near, s, far) if wide else (far, s, near)
 
 
-def _randomised(pair: _Windowed, k: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _randomised(pair: _Flat, k: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     operator = pair.operator
     size = min(math.prod(operator.out_shape), math.prod(operator.in_shape))
     made = torch.Generator().manual_seed(seed)
@@ -196,7 +214,7 @@ def _randomised(pair: _Windowed, k: int, seed: int) -> tuple[Tensor, Tensor, Ten
     return u.T[:k].to(probe), s[:k].to(probe), v.to(probe)
 
 
-def _residuals(pair: _Windowed, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
+def _residuals(pair: _Flat, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
     forth = (pair.push(v) - s[:, None] * u).norm(dim=1)
     back = (pair.pull(u) - s[:, None] * v).norm(dim=1)
     return torch.maximum(forth, back) / s.max().clamp(min=torch.finfo(s.dtype).tiny)

@@ -1,4 +1,4 @@
-"""Token blocks: how much each token's embedding moves the output at each position, as norms of blocks of F."""
+"""Token blocks: how much each token's embedding can move, and does move, the output at each position."""
 
 import math
 from collections.abc import Sequence
@@ -16,30 +16,41 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 20_000
 _CHUNK = 64
+_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class TokenBlocks:
-    """Frobenius norms of the blocks F_ts, s the input token and t the output position.
+    """Blocks F_ts, s the input token and t the output position: their norms, and what they contribute.
+
+    A large norm says what an embedding could do, a contribution what this one does; the signed part of it that reaches
+    one target is the token's vote, <row_s, E_s>.
 
     Attributes:
         norms: [output position, input token]; exactly 0 for s > t in a causal model.
         standard_errors: Of estimated norms, or None where they are exact.
         positions: Output positions.
         tokens: Input tokens.
+        contributions: ‖F_ts (E_s - o_s)‖ with the token's own embedding E_s and the origin o [output position, input
+            token].
+        linearization: What was held.
     """
 
     norms: Float[Tensor, "out in"] = field(repr=False)
     standard_errors: Float[Tensor, "out in"] | None = field(repr=False)
     positions: list[int]
     tokens: list[str] | None = field(repr=False)
+    contributions: Float[Tensor, "out in"] = field(repr=False)
+    linearization: str = ""
 
     def to_records(self) -> list[dict[str, Any]]:
         """One row for each block."""
         rows = []
         for i, t in enumerate(self.positions):
-            for s, norm in enumerate(self.norms[i].tolist()):
-                rows.append({"output": t, "input": s, "token": self.tokens[s] if self.tokens else "", "norm": norm})
+            pairs = zip(self.norms[i].tolist(), self.contributions[i].tolist(), strict=True)
+            for s, (norm, moved) in enumerate(pairs):
+                token = self.tokens[s] if self.tokens else ""
+                rows.append({"output": t, "input": s, "token": token, "norm": norm, "contribution": moved})
         return rows
 
 
@@ -70,7 +81,19 @@ def token_blocks(scope: "LinearScope", positions: Sequence[int] | None, probes: 
         spread = torch.stack([s.std(0) for s in found]) / math.sqrt(probes)
         norms = mean.sqrt()
         errors = spread / (2 * norms).clamp(min=torch.finfo(norms.dtype).tiny)
-    return TokenBlocks(norms, errors, wanted, scope.labels)
+    moved = _contributions(scope)[wanted]
+    return TokenBlocks(norms, errors, wanted, scope.labels, moved, scope.network.held.name)
+
+
+def _contributions(scope: "LinearScope") -> Float[Tensor, "out in"]:
+    """‖F_ts (E_s - o_s)‖ by one column each: the reference with every other token zero."""
+    value = (scope.x - scope.origin)[0]
+    found = []
+    for some in torch.arange(len(value)).split(_TOKENS):
+        probes = torch.zeros(len(some), *value.shape, dtype=scope.dtype, device=scope.device)
+        probes[torch.arange(len(some)), some] = value[some]
+        found.append(scope.matvec(probes).double().flatten(2).norm(dim=-1))
+    return torch.cat(found).T.contiguous()
 
 
 def _squares(scope: "LinearScope", t: int, probes: int | None, made: torch.Generator) -> Float[Tensor, "probe in"]:

@@ -7,7 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.hooks.stability import Stability
 from interp.hooks.table import Table
+from interp.hooks.windows import Window, WindowLike
 
 if TYPE_CHECKING:
     from interp.hooks.tape import Constant
@@ -26,6 +28,9 @@ class Votes:
         value: <w, y> of the network itself.
         labels: What each entry of the map is (token strings), or None.
         target: What the votes are for.
+        origin: Origin o of the input space, which votes and bias share depend on; its name.
+        linearization: What was held.
+        stability: How the row and its votes stand small noise; None where that was not asked for.
     """
 
     map: Float[Tensor, "..."] = field(repr=False)
@@ -36,6 +41,22 @@ class Votes:
     value: float
     labels: list[str] | None = field(repr=False)
     target: str
+    origin: str = "zero"
+    linearization: str = ""
+    stability: Stability | None = None
+
+    @property
+    def caption(self) -> str:
+        """One line for a figure or a table: how far these votes can be read."""
+        return "stability not tested" if self.stability is None else self.stability.caption
+
+    def __repr__(self) -> str:
+        return (
+            f"Votes for {self.target}: {self.total:.4g} + residual {self.residual:.4g} = {self.value:.4g} "
+            f"(bias share {self.bias_share:.0%}, votes cancel {self.cancellation:.3g}-fold)\n"
+            f"{self.linearization or 'linearization not recorded'}, origin {self.origin}; {self.caption}"
+            + (": votes(..., stability=True)" if self.stability is None else "")
+        )
 
     @property
     def completeness_error(self) -> float:
@@ -67,7 +88,15 @@ class Votes:
             index = tuple(int(n) for n in torch.unravel_index(torch.tensor(i), shape))
             name = {"token": self.labels[i]} if self.labels else {}
             rows.append({"index": index[0] if len(index) == 1 else index, **name, "vote": float(flat[i])})
-        return Table(rows, f"votes for {self.target}")
+        return Table(rows, f"votes for {self.target} ({self.caption})")
+
+    def inside(self, window: WindowLike) -> float:
+        """Return the sum of the map's votes within a window: a mask of its shape, or a box of slices.
+
+        Raises:
+            ArgumentError: If the window does not fit the map.
+        """
+        return float(Window(window, tuple(self.map.shape), "votes").take(self.map[None]).double().sum())
 
     def to_records(self) -> list[dict[str, Any]]:
         """One row for each entry of the map, then the residual."""
@@ -86,6 +115,8 @@ class BiasReport:
         maps: Spatial map of each contribution, summed over channels ([height, width], [pos], or a scalar).
         residual: r · w.
         target: What it is for.
+        origin: Origin o of the input space; its name.
+        linearization: What was held.
     """
 
     modules: list[str]
@@ -94,6 +125,8 @@ class BiasReport:
     maps: list[Tensor] = field(repr=False)
     residual: float
     target: str
+    origin: str = "zero"
+    linearization: str = ""
 
     @property
     def total(self) -> float:
@@ -136,18 +169,18 @@ def _spatial(product: Tensor) -> Tensor:
     return flat.sum(-1) if flat.ndim else flat
 
 
-def report_biases(terms: list[tuple["Constant", Tensor]], residual: float, target: str, origin: Tensor) -> BiasReport:
+def report_biases(terms: list[tuple["Constant", Tensor]], moved: Tensor, **fields: Any) -> BiasReport:
     """Return the report of constants and the gradients at their outputs, and of what the origin adds (Fᵀ w ⊙ o)."""
     values, maps = [], []
     for constant, gradient in terms:
         product = gradient.double() * constant.value.double().expand_as(gradient)
-        values.append(product.sum())
+        values.append(product.sum().cpu())
         maps.append(_spatial(product).float())
     modules, ops = [c.path for c, _ in terms], [c.op for c, _ in terms]
-    if origin.any():
-        values.append(origin.double().sum().cpu())
-        maps.append(_spatial(origin[None].double()).float())
+    if moved.any():
+        values.append(moved.double().sum().cpu())
+        maps.append(_spatial(moved[None].double()).float())
         modules.append("(origin of the input space)")
         ops.append("F o")
     stacked = torch.stack(values) if values else torch.zeros(0, dtype=torch.float64)
-    return BiasReport(modules, ops, stacked, maps, residual, target)
+    return BiasReport(modules, ops, stacked, maps, **fields)

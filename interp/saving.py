@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,6 +21,7 @@ _TYPES = {
     "Cost": "interp.steering",
     "CouplingFit": "interp.propagation.feature_vectors",
     "DoseResponse": "interp.steering",
+    "Eigen": "interp.hooks.spectra",
     "LogitLens": "interp.lens",
     "LowDataComparison": "interp.low_data",
     "PathSearch": "interp.path_search",
@@ -57,12 +59,8 @@ def save_result(result: Any, stem: str | Path) -> None:
     stem, kind = Path(stem), type(result).__name__
     if kind not in _TYPES:
         raise RunError(f"a result of type {kind}", f"one of {', '.join(_TYPES)}")
-    if isinstance(result, Table):
-        fields: dict[str, Any] = {"rows": result.to_records(), "title": result.title}
-    else:
-        fields = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
     tensors: dict[str, Tensor] = {}
-    plain = {name: _take_out(value, name, tensors) for name, value in fields.items()}
+    plain = {name: _take_out(value, name, tensors) for name, value in _fields(result).items()}
     if tensors:
         temporary = stem.with_name(f".{stem.name}.{os.getpid()}.tmp")
         save_file(tensors, str(temporary))
@@ -90,16 +88,30 @@ def load_result(stem: str | Path) -> Any:
     file = stem.with_suffix(".safetensors")
     tensors = load_file(file) if file.is_file() else {}
     fields = {name: _put_back(value, tensors) for name, value in record["fields"].items()}
-    cls = getattr(importlib.import_module(_TYPES[kind]), kind)
-    return cls(**fields)
+    return _made(kind, fields)
+
+
+def _fields(result: Any) -> dict[str, Any]:
+    if isinstance(result, Table):
+        return {"rows": result.to_records(), "title": result.title}
+    return {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
+
+
+def _made(kind: str, fields: dict[str, Any]) -> Any:
+    return getattr(importlib.import_module(_TYPES[kind]), kind)(**fields)
 
 
 def _take_out(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor) and value.is_complex():
+        return {"complex": _take_out(torch.view_as_real(value.resolve_conj()), name, tensors)["tensor"]}
     if isinstance(value, Tensor):
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if isinstance(value, dict):
         return {"items": [[key, _take_out(v, f"{name}.{key}", tensors)] for key, v in value.items()]}
+    if type(value).__name__ in _TYPES:
+        parts = {key: _take_out(v, f"{name}.{key}", tensors) for key, v in _fields(value).items()}
+        return {"type": type(value).__name__, "fields": parts}
     if isinstance(value, (list, tuple)):
         return [_take_out(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
     return value
@@ -110,8 +122,12 @@ def _put_back(value: Any, tensors: dict[str, Tensor]) -> Any:
         return [_put_back(v, tensors) for v in value]
     if not isinstance(value, dict):
         return value
-    if "tensor" in value:
-        if value["tensor"] not in tensors:
-            raise RunError(f"tensor {value['tensor']!r} is missing", "the result's safetensors file")
-        return tensors[value["tensor"]]
+    if name := value.get("tensor") or value.get("complex"):
+        if name not in tensors:
+            raise RunError(f"tensor {name!r} is missing", "the result's safetensors file")
+        return tensors[name] if "tensor" in value else torch.view_as_complex(tensors[name])
+    if "type" in value:
+        if value["type"] not in _TYPES:
+            raise RunError(f"a part of type {value['type']!r}", f"one of {', '.join(_TYPES)}", "update interp")
+        return _made(value["type"], {key: _put_back(v, tensors) for key, v in value["fields"].items()})
     return {key: _put_back(v, tensors) for key, v in value["items"]}

@@ -177,11 +177,7 @@ def impulse_response(scope: LinearScope, pixels: Sequence[tuple[int, int]]) -> F
     Raises:
         ArgumentError: If a pixel is outside the input.
     """
-    probes = torch.zeros(len(pixels), *scope.in_shape, dtype=scope.dtype, device=scope.device)
-    for probe, at in zip(probes, pixels, strict=True):
-        i, j = _inside(at, scope.in_shape)
-        probe[:, i, j] = 1.0
-    return scope.matvec(probes).mean(1)
+    return scope.impulse_responses(pixels).mean(1)
 
 
 def receptive_filter(scope: LinearScope, at: Any) -> Float[Tensor, "height width"]:
@@ -192,19 +188,7 @@ def receptive_filter(scope: LinearScope, at: Any) -> Float[Tensor, "height width
     Raises:
         ArgumentError: If the pixel or class does not exist.
     """
-    if scope.y.ndim == 2:
-        return scope.rmatvec(scope.direction(at)).sum(0)
-    i, j = _inside(at, scope.out_shape)
-    w = torch.zeros(scope.out_shape, dtype=scope.dtype, device=scope.device)
-    w[:, i, j] = 1.0 / scope.out_shape[0]
-    return scope.rmatvec(w).sum(0)
-
-
-def _inside(at: Any, shape: tuple[int, ...]) -> tuple[int, int]:
-    height, width = shape[-2:]
-    if not (isinstance(at, (tuple, list)) and len(at) == 2 and 0 <= at[0] < height and 0 <= at[1] < width):
-        raise ArgumentError(f"pixel {at!r}", f"(row, column) inside {height} x {width}")
-    return at[0], at[1]
+    return scope.receptive_filter(at).sum(0)
 
 
 def _parts(scope: LinearScope, size: int, title: str) -> Any:

@@ -1,6 +1,7 @@
 """What the figures share: legible tokens, colours, type sizes, rows of plain data."""
 
 import math
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ DIVERGING: dict[str, Any] = {"scheme": "blueorange", "reverse": True, "clamp": T
 HINT = "click to mark, shift-click to add, click beside to clear"
 # Axes show what stands behind the number by which their entries are ordered: see `ordered`.
 LABEL = "slice(datum.label, 5)"
+_NOTE_WIDTH = 72
 _ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\"}
 
 
@@ -89,12 +91,15 @@ class Sets(dict[str, list[dict[str, Any]]]):
         return alt.NamedData(name)
 
 
-def finish(chart: Any, sets: Sets, clicks: "Clicks | None" = None, title: str = "") -> Any:
-    """A chart with its data, what clicks select in it, its title and the common style."""
+def finish(chart: Any, sets: Sets, clicks: "Clicks | None" = None, title: str = "", note: str = "") -> Any:
+    """A chart with its data, what clicks select in it, its title, a note under it and the common style."""
     import altair as alt
 
+    lines = [*textwrap.wrap(note, _NOTE_WIDTH), *([HINT] if title and clicks is not None else [])]
     if title:
-        chart = chart.properties(title=alt.TitleParams(title, subtitle=HINT if clicks is not None else alt.Undefined))
+        chart = chart.properties(title=alt.TitleParams(title, subtitle=lines or alt.Undefined))
+    elif lines:  # Vega leaves out a subtitle that stands under no title.
+        chart = chart.properties(title=alt.TitleParams(lines, fontSize=12, fontWeight="normal", color=MUTED))
     chart = (
         chart.configure(font=FONT, background="white", padding=6)
         .configure_view(stroke=None)

@@ -5,10 +5,10 @@ import io
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from interp.hooks.errors import ArgumentError
+from interp.hooks.windows import pool
 from interp.plots.components import sum_line
 from interp.plots.style import (
     DIVERGING,
@@ -90,27 +90,10 @@ def _token_votes(votes: Any, title: str) -> Any:
     )
     drawn = alt.layer(bars, numbers).properties(width=340, height=_ROW * len(rows))
     line = sum_line(parts, len(rows), votes.value, 340)
-    return finish(alt.vconcat(drawn, line, spacing=6), sets, Clicks("position", ("bars",)), title)
+    return finish(alt.vconcat(drawn, line, spacing=6), sets, Clicks("position", ("bars",)), title, votes.caption)
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------
-
-
-def pool(values: Float[Tensor, "height width"], cell: int = 8) -> Float[Tensor, "rows columns"]:
-    """Sum a map over square cells, in float64; cells at the right and lower edge may be smaller. The sum is kept.
-
-    Raises:
-        ArgumentError: If the cell is not positive.
-
-    Example:
-        >>> pool(torch.ones(3, 5), 2).tolist()
-        [[4.0, 4.0, 2.0], [2.0, 2.0, 1.0]]
-    """
-    if cell < 1:
-        raise ArgumentError(f"cell={cell}", "at least 1 pixel")
-    height, width = values.shape
-    padded = torch.nn.functional.pad(values.detach().double().cpu(), (0, -width % cell, 0, -height % cell))
-    return padded.unflatten(1, (-1, cell)).unflatten(0, (-1, cell)).sum((1, 3))
 
 
 def robust_limit(values: Tensor, percentile: float = 99.5) -> float:
@@ -147,7 +130,7 @@ def _picture_votes(votes: Any, picture: Any, cell: int, percentile: float, size:
     layers = [cells] if picture is None else [_photograph(picture, sets, size, high), cells]
     view = alt.layer(*layers).properties(width=size, height=high)
     sums = _vote_sums(parts, votes, pooled, sets, size)
-    return finish(alt.vconcat(view, sums, spacing=14), sets, Clicks("cell", ("cells",)), title)
+    return finish(alt.vconcat(view, sums, spacing=14), sets, Clicks("cell", ("cells",)), title, votes.caption)
 
 
 def _cells(parts: Any, width: int, height: int, limit: float) -> Any:

@@ -2,15 +2,18 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from interp.hooks.errors import ArgumentError
+from interp.hooks.stability import Stability
 from interp.hooks.table import Table
+from interp.hooks.windows import pool
 from interp.plots import can_draw, chart, visible
 from interp.plots.style import legible, ordered, padded
-from interp.plots.votes import pool, robust_limit, token_rows
+from interp.plots.votes import robust_limit, token_rows
 from tests.apps.samples import HOSTILE, attribution, lens, picture_votes, token_votes, tokens_table
 
 TOKENS = ["The", " cat", " sat", " on", " cat"]
@@ -152,6 +155,16 @@ def test_the_scale_of_votes_is_symmetric():
     found = json.dumps(compiled(chart(picture_votes()))["scales"])
     low, high = next(s["domain"] for s in json.loads(found) if s["name"].endswith("color"))
     assert low == -high
+
+
+def test_a_figure_of_votes_says_how_stable_they_are():
+    assert chart(picture_votes()).to_dict()["title"]["text"] == ["stability not tested"]
+    assert chart(picture_votes(), title="palace").to_dict()["title"]["subtitle"][0] == "stability not tested"
+    numbers = torch.tensor([0.5, 0.7])
+    tested = Stability(0.01, numbers, numbers, numbers, numbers / 10, None, None, "palace", cell=8)
+    lines = chart(replace(token_votes(TOKENS), stability=tested)).to_dict()["title"]["text"]
+    assert " ".join(lines).startswith("under noise 0.01: cosine of the row 0.600, of votes 0.600")
+    assert " ".join(lines).endswith("6.00% of units flip")
 
 
 def test_token_votes_and_r_sum_to_the_value():

@@ -161,7 +161,7 @@ def test_stability_in_float64():
     words = scope_of("llama", "path").stability(3, float64=True, noise=1e-3)
     assert words.float64_cosine == pytest.approx(1, abs=1e-5)
     assert words.mean_cosine > 0.9
-    with pytest.raises(ArgumentError, match="both positive"):
+    with pytest.raises(ArgumentError, match="all positive"):
         scope.stability(2, noise=0.0)
 
 
