@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from interp.hooks import rules, spectra
+from interp.hooks import frozen, rules, spectra, unit_rules
 from interp.hooks.attach import attach
 from interp.hooks.calls import is_live
 from interp.hooks.errors import (
@@ -288,12 +288,12 @@ def swap_rule(name, rule):
 
 
 def inexact_unit(tape, call):
-    return call.write(rules.unit(tape, call) * (1 + 1e-6))
+    return call.write(unit_rules.unit(tape, call) * (1 + 1e-6))
 
 
 def unit_without_offset(tape, call):
     """Forgets what a capped unit adds, when the tape is replayed."""
-    out = rules.unit(tape, call)
+    out = unit_rules.unit(tape, call)
     return call.live[0] * tape.entries[tape._next - 1].held[0] if tape.replaying else out
 
 
@@ -305,12 +305,13 @@ def lose_the_norm(patch):
 
 
 def unit_with_half_a_derivative(tape, call):
-    out = rules.unit(tape, call)
+    out = unit_rules.unit(tape, call)
     return out if tape.replaying else out.detach() + 0.5 * (out - out.detach())
 
 
 def chords_instead_of_tangents(patch):
-    patch.setattr(rules, "_unit_mode", lambda tape, call: "chord")
+    elementwise = unit_rules.elementwise
+    patch.setattr(unit_rules, "elementwise", lambda tape, call, found, mode: elementwise(tape, call, found, "chord"))
 
 
 def other_rows(patch):
@@ -340,12 +341,12 @@ def smaller_values(patch):
 
 def flags_forgotten(patch):
     @contextlib.contextmanager
-    def careless(self):
-        for p in self.model.module.parameters():
+    def careless(module):
+        for p in module.parameters():
             p.requires_grad_(False)
         yield
 
-    patch.setattr(FrozenNetwork, "_untouched", careless)
+    patch.setattr(frozen, "untouched", careless)
 
 
 def probes_that_mix(patch):
