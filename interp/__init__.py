@@ -27,6 +27,7 @@ _HOME = {
     "interp.hooks.units": ["Unit"],
     "interp.hooks.votes": ["Votes"],
     "interp.attribution": ["Attribution", "direct_attribution"],
+    "interp.dictionaries": ["Dictionary"],
     "interp.lens": ["LogitLens", "logit_lens"],
     "interp.observable_sets": ["ObservableSet"],
     "interp.observables": ["Observable"],
@@ -50,6 +51,7 @@ _NAMES = {name: home for home, names in _HOME.items() for name in names}
 
 if TYPE_CHECKING:
     from interp.attribution import Attribution, direct_attribution
+    from interp.dictionaries import Dictionary
     from interp.hooks.activations import Activations
     from interp.hooks.attach import attach, load
     from interp.hooks.errors import InterpError
@@ -102,7 +104,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Activations", "Add", "AttentionScore", "Attribution", "AverageGradient", "Boundary", "Cost", "CouplingFit",
-    "DoseResponse", "FeatureVector", "Function", "InterpError", "Intervention", "Layout", "LinearMap",
+    "Dictionary", "DoseResponse", "FeatureVector", "Function", "InterpError", "Intervention", "Layout", "LinearMap",
     "LinearScope", "Linearization", "LogitLens", "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable",
     "ObservableSet", "Patch", "Path", "PathSearch", "ProjectOut", "Reference", "Run", "Scale", "SequenceObservable",
     "Set", "Site", "Step", "Table", "Totals", "Unit", "Votes", "Zero", "attach", "attention_score", "chart",

@@ -1,9 +1,11 @@
-"""Observables on models: token lookup, pull-back to the stream, soft-caps, sites, sequences."""
+"""Observables on models: token lookup, pull-back to the stream, soft-caps, sites, sequences, dictionaries."""
 
+import json
 import warnings
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import interp
 from interp import Observable, ObservableSet
@@ -277,6 +279,50 @@ def test_an_unknown_way_with_several_ids_is_refused(tokenizer, unchecked):
         Observable.logit(model, "a cat", multi_token="last")
     with pytest.raises(ArgumentError, match="softcap='post'"):
         Observable.logit(model, "cat").pull_to_stream(model, softcap="post")
+
+
+# Dictionaries ------------------------------------------------------------------------------------------------------
+
+
+def dictionary_of(tmp_path, weights, **config):
+    config = {"architecture": "standard", "d_in": WIDTH, "d_sae": 50, "apply_b_dec_to_input": True} | config
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    save_file(weights, tmp_path / "sae_weights.safetensors")
+    return interp.Dictionary.load(tmp_path)
+
+
+@pytest.mark.parametrize("site", ["blocks.1.hook_resid_post", "blocks.0.attn.hook_z"])
+def test_a_dictionary_reads_its_site_of_a_model(site, tmp_path):
+    model, ids = model_and_ids("llama")
+    weights = {"W_enc": torch.randn(WIDTH, 50), "W_dec": torch.randn(50, WIDTH)}
+    weights |= {"b_enc": torch.randn(50), "b_dec": torch.randn(WIDTH)}
+    found = dictionary_of(tmp_path, weights, hook_name=site, hook_layer=1, hook_head_index=None)
+    acts = model.capture(ids, found.site)
+    x = acts[site].flatten(2)
+    latents = found.read(acts)
+    wanted = torch.relu((x - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"])
+    torch.testing.assert_close(latents, wanted)
+    parts = found.decoder_observables().read(acts)
+    torch.testing.assert_close(parts, x @ weights["W_dec"].T, rtol=1e-4, atol=1e-4)
+    pre = found.encoder_observable(7).read(acts)
+    torch.testing.assert_close(pre.relu(), latents[..., 7], rtol=1e-4, atol=1e-4)
+    with pytest.raises(SiteError, match="was not captured"):
+        found.read(model.capture(ids, "blocks.0.hook_resid_pre"))
+
+
+def test_exact_directions_reconstruct_and_steer(tmp_path):
+    """A dictionary of both signs of an orthonormal basis reconstructs; adding its direction moves its observable."""
+    model, ids = model_and_ids("llama")
+    basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH)).Q
+    both = torch.cat([basis, -basis])
+    weights = {"W_enc": both.T.contiguous(), "W_dec": both, "b_enc": torch.zeros(64), "b_dec": torch.randn(WIDTH)}
+    site = "blocks.1.hook_resid_post"
+    found = dictionary_of(tmp_path, weights, d_sae=64, metadata={"hook_name": site})
+    acts = model.capture(ids, site)
+    assert found.reconstruction_error(acts[site]).max() < 1e-5
+    observable = found.observable(5)
+    moved = model.capture(ids, site, plan=[interp.Add(site, value=2.0 * found.direction(5))])
+    torch.testing.assert_close(observable.read(moved), observable.read(acts) + 2.0, rtol=1e-4, atol=1e-4)
 
 
 # TransformerLens ---------------------------------------------------------------------------------------------------
