@@ -112,5 +112,9 @@ class ChecksumError(InterpError, OSError):
     """A file whose SHA-256 is not the recorded one."""
 
 
+class DictionaryError(InterpError, ValueError):
+    """A dictionary's folder that cannot be read, or holds what this library does not know."""
+
+
 class RunError(InterpError, OSError):
     """A run folder that cannot be written, read or trusted."""

@@ -47,11 +47,40 @@ def chat_ids(model: "Model", messages) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def token_id(model: "Model", token: str | SupportsIndex) -> int:
-    """Return the id of a token, given as an id or as a string that encodes to exactly one.
+def token_ids(model: "Model", token: str | SupportsIndex) -> list[int]:
+    """Return the ids that a string encodes to without special tokens; an id stands for itself.
 
-    A string is encoded without special tokens. ``" she"`` and ``"she"`` are different tokens; a warning says so where
-    the one with a leading space exists too.
+    ``" she"`` and ``"she"`` are different tokens; a warning says so where a string without a leading space is one token
+    and the one with a space is another.
+
+    Raises:
+        TokenError: If the string is empty or encodes to nothing, or the id is outside the vocabulary.
+    """
+    vocab = model.reader.vocab
+    if not isinstance(token, (str, bool)) and hasattr(token, "__index__"):
+        token = operator.index(token)
+    if isinstance(token, int) and not isinstance(token, bool):
+        if token < 0 or (vocab is not None and token >= vocab):
+            raise TokenError(f"token id {token}", f"an id in 0..{(vocab or 0) - 1}")
+        return [token]
+    if not isinstance(token, str) or not token:
+        raise TokenError(f"token {token!r}", "an id or a non-empty string")
+    if model.tokenizer is None:
+        raise TokenError(f"token {token!r}", "a tokenizer", "give the token's id")
+    ids = [int(i) for i in model.tokenizer.encode(token, add_special_tokens=False)]
+    if not ids:
+        raise TokenError(f"token {token!r} encodes to no ids", "at least one", "give an id or another word")
+    if len(ids) == 1 and (spaced := _spaced(model, token)) not in (None, ids[0]):
+        warnings.warn(
+            f"{token!r} is id {ids[0]}; {' ' + token!r} (with a leading space) is another token, {spaced}. "
+            "Mid-sentence words usually need the space.",
+            stacklevel=4,
+        )
+    return ids
+
+
+def token_id(model: "Model", token: str | SupportsIndex) -> int:
+    """Return the id of a token, given as an id or as a string that encodes to exactly one (see `token_ids`).
 
     Raises:
         TokenError: If the string encodes to several ids or none, or the id is outside the vocabulary.
@@ -62,30 +91,22 @@ def token_id(model: "Model", token: str | SupportsIndex) -> int:
         >>> token_id(model, " Mary")
         5099
     """
-    vocab = model.reader.vocab
-    if not isinstance(token, (str, bool)) and hasattr(token, "__index__"):
-        token = operator.index(token)
-    if isinstance(token, int) and not isinstance(token, bool):
-        if token < 0 or (vocab is not None and token >= vocab):
-            raise TokenError(f"token id {token}", f"an id in 0..{(vocab or 0) - 1}")
-        return token
-    if not isinstance(token, str) or not token:
-        raise TokenError(f"token {token!r}", "an id or a non-empty string")
-    if model.tokenizer is None:
-        raise TokenError(f"token {token!r}", "a tokenizer", "give the token's id")
-    ids = model.tokenizer.encode(token, add_special_tokens=False)
+    ids = token_ids(model, token)
     if len(ids) != 1:
-        spaced = model.tokenizer.encode(f" {token}", add_special_tokens=False)
-        hint = f"{' ' + token!r} (with a leading space) is one; or " if len(spaced) == 1 else ""
-        raise TokenError(
-            f"token {token!r} encodes to {len(ids)} ids {ids}", "exactly one", f"{hint}give an id or another word"
-        )
-    if not token.startswith(" "):
-        spaced = model.tokenizer.encode(f" {token}", add_special_tokens=False)
-        if len(spaced) == 1 and spaced != ids:
-            warnings.warn(
-                f"{token!r} is id {ids[0]}; {' ' + token!r} (with a leading space) is another token, {spaced[0]}. "
-                "Mid-sentence words usually need the space.",
-                stacklevel=3,
-            )
-    return int(ids[0])
+        raise several_ids(model, str(token), ids, "exactly one", "give an id or another word")
+    return ids[0]
+
+
+def several_ids(model: "Model", token: str, ids: list[int], needed: str, do: str) -> TokenError:
+    """Return the error for a string of several ids; where the string with a leading space is one, it says so."""
+    spaced = _spaced(model, token)
+    hint = "" if spaced is None else f"{' ' + token!r} (with a leading space) is one, {spaced}; or "
+    return TokenError(f"token {token!r} encodes to {len(ids)} ids {ids}", needed, hint + do)
+
+
+def _spaced(model: "Model", token: str) -> int | None:
+    """The id of the string with a leading space, where it is exactly one."""
+    if token.startswith(" "):
+        return None
+    ids = model.tokenizer.encode(f" {token}", add_special_tokens=False)
+    return int(ids[0]) if len(ids) == 1 else None

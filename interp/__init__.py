@@ -27,11 +27,14 @@ _HOME = {
     "interp.hooks.units": ["Unit"],
     "interp.hooks.votes": ["Votes"],
     "interp.attribution": ["Attribution", "direct_attribution"],
+    "interp.dictionaries": ["Dictionary"],
     "interp.lens": ["LogitLens", "logit_lens"],
+    "interp.observable_sets": ["ObservableSet"],
     "interp.observables": ["Observable"],
     "interp.path_search": ["PathSearch", "find_paths"],
     "interp.query_key": ["AttentionScore", "attention_score", "pattern_effects"],
     "interp.low_data": ["LowDataComparison", "low_data_comparison"],
+    "interp.sequences": ["SequenceObservable"],
     "interp.steering": ["Cost", "DoseResponse", "cost", "dose_response", "orthogonalize"],
     "interp.plots": ["chart"],
     "interp.propagation.feature_vectors": [
@@ -48,6 +51,7 @@ _NAMES = {name: home for home, names in _HOME.items() for name in names}
 
 if TYPE_CHECKING:
     from interp.attribution import Attribution, direct_attribution
+    from interp.dictionaries import Dictionary
     from interp.hooks.activations import Activations
     from interp.hooks.attach import attach, load
     from interp.hooks.errors import InterpError
@@ -76,6 +80,7 @@ if TYPE_CHECKING:
     from interp.hooks.votes import Votes
     from interp.lens import LogitLens, logit_lens
     from interp.low_data import LowDataComparison, low_data_comparison
+    from interp.observable_sets import ObservableSet
     from interp.observables import Observable
     from interp.path_search import PathSearch, find_paths
     from interp.plots import chart
@@ -94,16 +99,18 @@ if TYPE_CHECKING:
     from interp.propagation.totals import Totals, propagate_all
     from interp.query_key import AttentionScore, attention_score, pattern_effects
     from interp.runs import Run
+    from interp.sequences import SequenceObservable
     from interp.steering import Cost, DoseResponse, cost, dose_response, orthogonalize
 
 __all__ = [
     "Activations", "Add", "AttentionScore", "Attribution", "AverageGradient", "Boundary", "Cost", "CouplingFit",
-    "DoseResponse", "FeatureVector", "Function", "InterpError", "Intervention", "Layout", "LinearMap", "LinearScope",
-    "Linearization", "LogitLens", "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable", "Patch", "Path",
-    "PathSearch", "ProjectOut", "Reference", "Run", "Scale", "Set", "Site", "Step", "Table", "Totals", "Unit",
-    "Votes", "Zero", "attach", "attention_score", "chart", "cosine", "cost", "coupling", "direct_attribution",
-    "dose_response", "find_paths", "load", "load_plan", "logit_lens", "low_data_comparison", "orthogonalize",
-    "pairwise", "pattern_effects", "propagate", "propagate_all", "register_unit", "save_plan", "validate_coupling",
+    "Dictionary", "DoseResponse", "FeatureVector", "Function", "InterpError", "Intervention", "Layout", "LinearMap",
+    "LinearScope", "Linearization", "LogitLens", "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable",
+    "ObservableSet", "Patch", "Path", "PathSearch", "ProjectOut", "Reference", "Run", "Scale", "SequenceObservable",
+    "Set", "Site", "Step", "Table", "Totals", "Unit", "Votes", "Zero", "attach", "attention_score", "chart",
+    "cosine", "cost", "coupling", "direct_attribution", "dose_response", "find_paths", "load", "load_plan",
+    "logit_lens", "low_data_comparison", "orthogonalize", "pairwise", "pattern_effects", "propagate",
+    "propagate_all", "register_unit", "save_plan", "validate_coupling",
 ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from interp.hooks.model import Model
 from interp.hooks.table import Table
 from interp.hooks.weights import Norm, linear_bias, linear_weight
 from interp.observables import Observable
+from interp.readout import Readout
 
 Unit = Literal["component", "head"]
 # Hugging Face computes norms in float32 even in a float64 model.
@@ -37,7 +38,7 @@ class Attribution:
         attention_bias: [layer]: of b_O (after a post-norm, with it).
         mlps: [layer].
         embeddings: Of the embedding and, where there are any, learned positions and token types.
-        constant: Of the final norm's bias and the unembedding's.
+        constant: Of the final norm's bias, the unembedding's, and the observable's own offset.
         rounding: What the stream's own rounding adds (matters in half precision).
         position: Token index that the logits belong to.
         note: What to know when reading the numbers.
@@ -172,6 +173,7 @@ def direct_attribution(
     if unit not in ("component", "head"):
         raise ArgumentError(f"unit={unit!r}", "'component' or 'head'")
     _check_readout(model)
+    observable.check_logits(Readout.of(model).vocab)
     batch = model.batch(prompt)
     if batch.size != 1:
         raise ArgumentError(f"{batch.size} prompts", "one")
@@ -202,11 +204,11 @@ def _check_readout(model: Model) -> None:
 
 def _check_seen(model: Model, observable: Observable, acts: Activations) -> None:
     """Refuse a plan that changes the logits behind the unembedding, where attribution does not look."""
-    raw, final = (observable.measure(acts[s][0, 0].float()) for s in ("unembed.hook_out", "logits"))
     layout = model.layout
     if layout is None or layout.logit_softcap is not None:
         return
-    expected = raw * layout.logit_scale
+    expected = observable.measure(acts["unembed.hook_out"][0, 0].float() * layout.logit_scale)
+    final = observable.measure(acts["logits"][0, 0].float())
     if not torch.isclose(expected, final, rtol=1e-2, atol=1e-2):
         raise ArgumentError(
             f"logits that measure {final:.4g}, from an unembedding that measures {expected:.4g}",
@@ -254,8 +256,9 @@ class _Reader:
         embeddings = {k: float(self.u @ self._at(site)) for k, site in names.items() if site in self.acts}
         final = float(self.u @ self._at(f"blocks.{n - 1}.hook_resid_post"))
         parts = float(heads.sum() + bias.sum()) if heads is not None else float(attention.sum())
-        note = "" if layout.logit_softcap is None else "measured on the logits before the soft-cap"
-        measured = float(self.observable.measure(self._at("unembed.hook_out"))) * layout.logit_scale
+        capped = "" if layout.logit_softcap is None else "measured on the logits before the soft-cap"
+        note = "; ".join(filter(None, (self.observable.note, capped)))
+        measured = float(self.observable.measure(self._at("unembed.hook_out") * layout.logit_scale))
         return Attribution(
             observable=self.observable.name, measurement=measured, heads=heads, attention=attention,
             attention_bias=bias, mlps=mlps, embeddings=embeddings, constant=self.constant + self.unembed_offset,
