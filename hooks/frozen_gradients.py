@@ -48,10 +48,11 @@ class _Probed(FrozenNetwork):
 def frozen_gradients(
     model: Model, inputs: Any, sites: Sequence[SiteLike], output: SiteLike,
     readout: Callable[[Tensor], Float[Tensor, "k"]], linearization: Linearization,
-) -> dict[str, Float[Tensor, "k ..."]]:  # fmt: skip
-    """Return the gradients of k readouts at sites of the network with its decisions held.
+) -> tuple[dict[str, Float[Tensor, "k ..."]], Float[Tensor, "k"]]:  # fmt: skip
+    """Return the gradients of k readouts at sites of the network with its decisions held, and the readouts' constants.
 
-    One recording and one batched backward pass for all sites and readouts.
+    One recording and one batched backward pass for all sites and readouts; the constants are a replay on embeddings of
+    zeros.
 
     Args:
         model: A model over tokens.
@@ -73,4 +74,6 @@ def frozen_gradients(
     for probe, grad in zip(network.probes, grads, strict=True):
         if grad is None:
             raise ArgumentError(f"{probe.site} under {linearization.name}", "a site that the readout depends on")
-    return {str(probe.site): grad[:, 0] for probe, grad in zip(network.probes, grads, strict=True)}
+    found = {str(probe.site): grad[:, 0] for probe, grad in zip(network.probes, grads, strict=True)}
+    constant = network.replay({name: torch.zeros_like(value) for name, value in network.values.items()})
+    return found, constant
