@@ -11,7 +11,7 @@ from torch import Tensor
 
 from interp.hooks.activations import Activations
 from interp.hooks.block_weights import Projection, projection_from, projection_to, read_activation
-from interp.hooks.errors import ArgumentError, SiteUnavailableError
+from interp.hooks.errors import ArgumentError, NonFiniteError, SiteUnavailableError
 from interp.hooks.model import Model
 from interp.hooks.weights import Norm
 
@@ -90,6 +90,7 @@ class Reference:
     Raises:
         SiteUnavailableError: If the model has no residual stream that branches add to.
         ArgumentError: If there is more than one prompt.
+        NonFiniteError: If the model gives NaN or infinity.
 
     Example:
         >>> import interp
@@ -111,6 +112,11 @@ class Reference:
         wanted = dict.fromkeys(name for name in (*_ENDS, *names) if name in known)
         self.acts: Activations = model.capture(self.batch, [*wanted, *(s for s in sites if s not in wanted)])
         self._later: dict[str, Activations] = {}
+        if not torch.isfinite(self.at(names[-1])).all():
+            raise NonFiniteError(
+                "the residual stream at this prompt holds NaN or infinity", "finite activations",
+                "a float64 model with padding on the left does that: pass the prompt without padding",
+            )  # fmt: skip
 
     @classmethod
     def of(cls, model: Model, prompt: Any) -> "Reference":
@@ -209,14 +215,12 @@ class Reference:
         name = f"blocks.{layer}.mlp"
         if not self.has(f"{name}.hook_pre") or not self.has(f"{name}.hook_post"):
             return None
-        pre, post = self.acts[f"{name}.hook_pre"], self.acts[f"{name}.hook_post"]
+        # In the model's own dtype, and of real tokens: padding may hold anything, NaN too.
+        own = slice(self.batch.starts[0], self.batch.starts[0] + self.length)
+        pre, post = self.acts[f"{name}.hook_pre"][0, own], self.acts[f"{name}.hook_post"][0, own]
         if not self.has(f"{name}.hook_pre_linear"):
             return read_activation(self.model, layer, pre, post)
-        up = self.acts[f"{name}.hook_pre_linear"]
-        return _gated(self.model, layer, pre, up, post)
-
-
-def _gated(model: Model, layer: int, pre: Tensor, up: Tensor, post: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """The activation of a gated MLP: a(pre) ⊙ up = post, compared where the other factor is not small."""
-    large = up.abs() >= up.abs().median()
-    return read_activation(model, layer, pre[large], (post / up)[large])
+        up = self.acts[f"{name}.hook_pre_linear"][0, own]
+        # a(pre) ⊙ up = post, compared where the other factor is not small.
+        large = up.abs() >= up.abs().median()
+        return read_activation(self.model, layer, pre[large], (post / up)[large])
