@@ -254,6 +254,10 @@ def totals_are_autograd(name, linearization, **options):
         close(found[site][0], wanted.reshape(found[site][0].shape), limit)
 
 
+# One of each kind of layout; scopes are slow.
+BY_ANOTHER_ENGINE = ("llama", "gpt2", "neox-parallel", "gemma2", "olmo2", "mixtral")
+
+
 def totals_sum_to_the_measurement(name, linearization="frozen"):
     """Check 13: Σ G x + c is n · logits at the embedding and every layer, c at the embedding by the frozen network."""
     model, observable, ids = case(name)
@@ -265,6 +269,8 @@ def totals_sum_to_the_measurement(name, linearization="frozen"):
         terms = found[f"blocks.{layer}.hook_resid_pre"][0] * x[0]
         offset = found.offsets[f"blocks.{layer}.hook_resid_pre"][0]
         assert abs(terms.sum() + offset - wanted) <= limit * (terms.abs().sum() + offset.abs())
+    if name not in BY_ANOTHER_ENGINE:
+        return
     scope = interp.LinearScope(model, ids, linearization, output="unembed.hook_out")
     scale = model.layout.logit_scale
     constant = scale * sum(w * scope.r[0, -1, i] for i, w in WEIGHTS.items())
