@@ -248,8 +248,8 @@ class _Sweep:
         pulled = [n.pull_to_stream(self.model) for n in observables]
         self.start = torch.stack([w for w, _ in pulled]).to(ref.weights.device, ref.weights.dtype)
         self.constant = torch.tensor([c for _, c in pulled], dtype=ref.weights.dtype, device=self.start.device)
-        scale = ref.weights.layout.logit_scale
-        self.measurement = torch.stack([n.measure(ref.logits(position)) for n in observables]).to(self.start) * scale
+        logits = ref.logits(position) * ref.weights.layout.logit_scale
+        self.measurement = torch.stack([n.measure(logits) for n in observables]).to(self.start)
         self.values: dict[str, Tensor] = {}
         self.offsets: dict[str, Tensor] = {}
 

@@ -253,6 +253,15 @@ def test_vectors_are_linear_in_the_observable_and_batches_equal_loops(name):
     assert h.offset == pytest.approx(2 * f.offset - 3 * g.offset, rel=1e-5)
 
 
+def test_an_observables_own_constant_is_not_scaled_with_the_logits():
+    model, _, ids = case("cohere")
+    plain, moved = interp.Observable("m", (3,), (1.0,)), interp.Observable("m", (3,), (1.0,), offset=2.0)
+    one, two = (interp.propagate_all(model, n, ids, linearization="frozen") for n in (plain, moved))
+    assert float(two.measurement[0] - one.measurement[0]) == pytest.approx(2.0, abs=1e-5)
+    gap = two.offsets["hook_embed"] - one.offsets["hook_embed"]
+    assert float(gap[0]) == pytest.approx(2.0, abs=1e-5)
+
+
 def test_swapping_target_and_foil_negates_everything():
     model, _, ids = case("llama")
     n, swapped = interp.Observable.logit_diff(model, 3, 9), interp.Observable.logit_diff(model, 9, 3)
