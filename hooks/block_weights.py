@@ -49,8 +49,12 @@ class Projection:
         return y.new_zeros(y.shape[: y.ndim - n]) if self.bias is None else torch.tensordot(y, self.bias, n)
 
 
-def projection_to(model: "Model", site: str, dtype: torch.dtype = torch.float32) -> Projection:
+def projection_to(
+    model: "Model", site: str, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Projection:
     """Return the map from a linear module's input to queries, keys, values or pre-activations; fused or not.
+
+    On the weights' own device, unless another is given.
 
     Raises:
         SiteUnavailableError: If the model has no such site.
@@ -61,11 +65,17 @@ def projection_to(model: "Model", site: str, dtype: torch.dtype = torch.float32)
     # The view that finds the site in the module's output finds its columns in W and its entries in b as well.
     weight = binding.view.get(linear_weight(module, binding.module).detach().T, None)
     bias = linear_bias(module)
-    return Projection(weight.to(dtype), None if bias is None else binding.view.get(bias.detach(), None).to(dtype))
+    bias = None if bias is None else binding.view.get(bias.detach(), None)
+    device = device or weight.device
+    return Projection(weight.to(device, dtype), None if bias is None else bias.to(device, dtype))
 
 
-def projection_from(model: "Model", site: str, dtype: torch.dtype = torch.float32) -> Projection:
+def projection_from(
+    model: "Model", site: str, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Projection:
     """Return the map from the heads' z, or from the neurons, to what the linear module behind them gives.
+
+    On the weights' own device, unless another is given.
 
     Raises:
         SiteUnavailableError: If the model has no such site.
@@ -75,7 +85,10 @@ def projection_from(model: "Model", site: str, dtype: torch.dtype = torch.float3
     binding, module = _binding(model, site)
     weight = binding.view.get(linear_weight(module, binding.module).detach(), None).movedim(0, -1)
     bias = linear_bias(module)
-    return Projection(weight.to(dtype), None if bias is None else bias.detach().to(dtype), weight.ndim - 1)
+    device = device or weight.device
+    return Projection(
+        weight.to(device, dtype), None if bias is None else bias.detach().to(device, dtype), weight.ndim - 1
+    )
 
 
 def _binding(model: "Model", site: str) -> "tuple[Binding, nn.Module]":
@@ -101,10 +114,15 @@ def read_activation(
     half = activated.dtype in (torch.bfloat16, torch.float16)
     tolerance = (4e-2 if half else 1e-5) * float(activated.abs().max().clamp(min=1e-6))
     for function in _functions(block):  # type: ignore[arg-type]
-        given = function(pre)
+        given = function(pre.clone())
         if isinstance(given, Tensor) and given.shape == pre.shape and (given - activated).abs().max() <= tolerance:
-            return function
+            return _apart(function)
     return None
+
+
+def _apart(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A function that may work in place, as one that leaves its argument alone."""
+    return lambda z: function(z.clone())
 
 
 def _functions(block: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:

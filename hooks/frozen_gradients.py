@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.hooks.errors import ArgumentError
 from interp.hooks.frozen import FrozenNetwork
 from interp.hooks.inputs import Batch
 from interp.hooks.linearization import Linearization
@@ -48,10 +47,11 @@ class _Probed(FrozenNetwork):
 def frozen_gradients(
     model: Model, inputs: Any, sites: Sequence[SiteLike], output: SiteLike,
     readout: Callable[[Tensor], Float[Tensor, "k"]], linearization: Linearization,
-) -> dict[str, Float[Tensor, "k ..."]]:  # fmt: skip
-    """Return the gradients of k readouts at sites of the network with its decisions held.
+) -> tuple[dict[str, Float[Tensor, "k ..."]], Float[Tensor, "k"]]:  # fmt: skip
+    """Return the gradients of k readouts at sites of the network with its decisions held, and the readouts' constants.
 
-    One recording and one batched backward pass for all sites and readouts.
+    One recording and one batched backward pass for all sites and readouts; the constants are a replay on embeddings of
+    zeros.
 
     Args:
         model: A model over tokens.
@@ -61,8 +61,9 @@ def frozen_gradients(
         readout: From its value [1, ...] to k numbers, linear in it.
         linearization: What is held.
 
+    A site that does not reach the readout under this linearisation has gradient zero.
+
     Raises:
-        ArgumentError: If a site does not reach the readout under this linearisation.
         LinearizationError: If a call cannot be linearised.
     """
     batch = model.batch(inputs)
@@ -70,7 +71,9 @@ def frozen_gradients(
     eye = torch.eye(len(network.output), dtype=network.output.dtype, device=network.output.device)
     leaves = [probe.leaf for probe in network.probes]
     grads = torch.autograd.grad(network.output, leaves, eye, is_grads_batched=True, allow_unused=True)
-    for probe, grad in zip(network.probes, grads, strict=True):
-        if grad is None:
-            raise ArgumentError(f"{probe.site} under {linearization.name}", "a site that the readout depends on")
-    return {str(probe.site): grad[:, 0] for probe, grad in zip(network.probes, grads, strict=True)}
+    found = {
+        str(probe.site): probe.leaf.detach().expand(len(eye), *probe.leaf.shape[1:]) if grad is None else grad[:, 0]
+        for probe, grad in zip(network.probes, grads, strict=True)
+    }
+    constant = network.replay({name: torch.zeros_like(value) for name, value in network.values.items()})
+    return found, constant

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from interp.hooks.errors import LayoutError, MetaWeightsError, UnknownFamilyError
 
+# Eight bits are quantised weights whose scales lie elsewhere, though torch calls them floating-point.
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 def plain(module: nn.Module) -> nn.Module:
     """Return the module that a TransformerLens bridge component wraps (any other module passes through)."""
@@ -25,7 +28,12 @@ def linear_weight(module: nn.Module, path: str) -> Float[Tensor, "out in"]:
     """
     module = plain(module)
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+    if getattr(module, "base_layer", None) is not None:
+        raise UnknownFamilyError(
+            f"{path} is a {type(module).__name__}, which adds to another layer's output",
+            "one weight matrix", "merge the adapter (merge_and_unload) for closed forms",
+        )  # fmt: skip
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.dtype not in _PLAIN:
         raise UnknownFamilyError(
             f"{path} is a {type(module).__name__} without a plain floating-point weight matrix",
             "an unquantised linear module",

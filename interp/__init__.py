@@ -37,8 +37,9 @@ _HOME = {
     "interp.sequences": ["SequenceObservable"],
     "interp.steering": ["Cost", "DoseResponse", "cost", "dose_response", "orthogonalize"],
     "interp.plots": ["chart"],
+    "interp.propagation.comparison": ["ObservableComparison", "compare_observables"],
     "interp.propagation.feature_vectors": [
-        "CouplingFit", "FeatureVector", "cosine", "coupling", "pairwise", "validate_coupling",
+        "CouplingFit", "FeatureVector", "cosine", "coupling", "coupling_range", "pairwise", "validate_coupling",
     ],
     "interp.propagation.mlp_points": ["AverageGradient", "Boundary", "MeanPoint"],
     "interp.propagation.paths": ["Path", "Step"],
@@ -84,11 +85,13 @@ if TYPE_CHECKING:
     from interp.observables import Observable
     from interp.path_search import PathSearch, find_paths
     from interp.plots import chart
+    from interp.propagation.comparison import ObservableComparison, compare_observables
     from interp.propagation.feature_vectors import (
         CouplingFit,
         FeatureVector,
         cosine,
         coupling,
+        coupling_range,
         pairwise,
         validate_coupling,
     )
@@ -106,11 +109,12 @@ __all__ = [
     "Activations", "Add", "AttentionScore", "Attribution", "AverageGradient", "Boundary", "Cost", "CouplingFit",
     "Dictionary", "DoseResponse", "FeatureVector", "Function", "InterpError", "Intervention", "Layout", "LinearMap",
     "LinearScope", "Linearization", "LogitLens", "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable",
-    "ObservableSet", "Patch", "Path", "PathSearch", "ProjectOut", "Reference", "Run", "Scale", "SequenceObservable",
-    "Set", "Site", "Step", "Table", "Totals", "Unit", "Votes", "Zero", "attach", "attention_score", "chart",
-    "cosine", "cost", "coupling", "direct_attribution", "dose_response", "find_paths", "load", "load_plan",
-    "logit_lens", "low_data_comparison", "orthogonalize", "pairwise", "pattern_effects", "propagate",
-    "propagate_all", "register_unit", "save_plan", "validate_coupling",
+    "ObservableComparison", "ObservableSet", "Patch", "Path", "PathSearch", "ProjectOut", "Reference", "Run", "Scale",
+    "SequenceObservable", "Set", "Site", "Step", "Table", "Totals", "Unit", "Votes", "Zero", "attach",
+    "attention_score", "chart", "compare_observables", "cosine", "cost", "coupling", "coupling_range",
+    "direct_attribution", "dose_response", "find_paths", "load", "load_plan", "logit_lens", "low_data_comparison",
+    "orthogonalize", "pairwise", "pattern_effects", "propagate", "propagate_all", "register_unit", "save_plan",
+    "validate_coupling",
 ]  # fmt: skip
 
 

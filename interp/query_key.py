@@ -199,7 +199,7 @@ def _turn(ref: Reference, plain: str, turned: str, position: int, head: int) -> 
     """The map from a query (key) to what the scores see: rotation, and a norm with its divisor held."""
     start = ref.batch.starts[0]
     with torch.enable_grad():
-        found = frozen_gradients(
+        found, _ = frozen_gradients(
             ref.model, ref.batch, [plain], turned, lambda x: x[0, start + position, head], _HELD
         )  # fmt: skip
     return found[plain][:, start + position, head].to(ref.weights.dtype)

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from interp.hooks.errors import RunError
+from interp.hooks.linearization import Linearization
+from interp.hooks.site import Site
 from interp.hooks.table import Table
 
 FORMAT = 1
@@ -22,8 +24,10 @@ _TYPES = {
     "CouplingFit": "interp.propagation.feature_vectors",
     "DoseResponse": "interp.steering",
     "Eigen": "interp.hooks.spectra",
+    "FeatureVector": "interp.propagation.feature_vectors",
     "LogitLens": "interp.lens",
     "LowDataComparison": "interp.low_data",
+    "ObservableComparison": "interp.propagation.comparison",
     "PathSearch": "interp.path_search",
     "SVD": "interp.hooks.spectra",
     "Stability": "interp.hooks.stability",
@@ -94,7 +98,7 @@ def load_result(stem: str | Path) -> Any:
 def _fields(result: Any) -> dict[str, Any]:
     if isinstance(result, Table):
         return {"rows": result.to_records(), "title": result.title}
-    return {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
+    return {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.metadata.get("saved", True)}
 
 
 def _made(kind: str, fields: dict[str, Any]) -> Any:
@@ -107,6 +111,10 @@ def _take_out(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
+    if isinstance(value, Site):
+        return {"site": str(value)}
+    if isinstance(value, Linearization):
+        return {"linearization": value.to_dict()}
     if isinstance(value, dict):
         return {"items": [[key, _take_out(v, f"{name}.{key}", tensors)] for key, v in value.items()]}
     if type(value).__name__ in _TYPES:
@@ -130,4 +138,8 @@ def _put_back(value: Any, tensors: dict[str, Tensor]) -> Any:
         if value["type"] not in _TYPES:
             raise RunError(f"a part of type {value['type']!r}", f"one of {', '.join(_TYPES)}", "update interp")
         return _made(value["type"], {key: _put_back(v, tensors) for key, v in value["fields"].items()})
+    if "site" in value:
+        return Site.parse(value["site"])
+    if "linearization" in value:
+        return Linearization(**value["linearization"])
     return {key: _put_back(v, tensors) for key, v in value["items"]}

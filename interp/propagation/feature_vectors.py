@@ -26,7 +26,7 @@ class ZeroVectorWarning(UserWarning):
     """A cosine or coupling with a vector of norm zero."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FeatureVector:
     """A covector: its score on an activation x at its site is vector · x (+ offset).
 
@@ -40,16 +40,18 @@ class FeatureVector:
         form: ``reference`` (divisors, patterns and gates of a prompt) or ``data-free`` (gains and weights alone, to the
             normalised input of the component).
         model: The model, for `top_tokens`; not saved.
+        note: What to know when reading the numbers.
     """
 
-    vector: Float[Tensor, "d"] = field(repr=False)
+    vector: Float[Tensor, "d"]
     offset: float
     site: Site
     observable: str
     path: str
     linearization: Linearization
     form: Form = "reference"
-    model: Model | None = field(default=None, repr=False)
+    model: Model | None = field(default=None, metadata={"saved": False})
+    note: str = ""
 
     @property
     def position(self) -> int | None:
@@ -83,7 +85,7 @@ class FeatureVector:
         held = [key for key in acts if Site.parse(key).whole == self.site.whole]
         if not held:
             raise SiteError(f"activations at {', '.join(list(acts)[:3])}", f"{self.site.whole}, the vector's own site")
-        value, where = acts[held[0]], acts.where.get(held[0])
+        value, where = self._own_head(acts[held[0]], held[0]), acts.where.get(held[0])
         if self.position is None:
             return value
         columns = acts.batch.positions(self.position)
@@ -93,6 +95,17 @@ class FeatureVector:
         if not found.any(1).all():
             raise SiteError(f"{held[0]} at other positions", f"position {self.position}, the vector's own")
         return value[torch.arange(len(value)), found.int().argmax(1).to(value.device)]
+
+    def _own_head(self, value: Tensor, key: str) -> Tensor:
+        """Of a site with heads the vector's own: [batch, pos, head, d_head] to [batch, pos, d_head]."""
+        if self.site.head is None:
+            return value
+        captured = Site.parse(key).head
+        if captured is None:
+            return value[:, :, self.site.head[0]]
+        if self.site.head[0] not in captured:
+            raise SiteError(f"activations at {key}", f"head {self.site.head[0]}, the vector's own")
+        return value[:, :, captured.index(self.site.head[0])]
 
     def top_tokens(self, k: int = 10, *, model: Model | None = None) -> Table:
         """Return the k tokens whose embeddings score highest, and the k that score lowest.
@@ -130,11 +143,21 @@ class FeatureVector:
     def to_records(self) -> list[dict[str, Any]]:
         """One row that says what the vector is."""
         row = {"observable": self.observable, "path": self.path, "site": str(self.site), "norm": self.norm}
-        return [row | {"offset": self.offset, "linearization": self.linearization.name, "form": self.form}]
+        row |= {"offset": self.offset, "linearization": self.linearization.name, "form": self.form}
+        return [row | ({"note": self.note} if self.note else {})]
+
+    def __repr__(self) -> str:
+        held = self.form if self.form == "data-free" else self.linearization.name
+        text = f"{self.observable} at {self.site} along {self.path} ({held}): width {len(self.vector)}"
+        text += f", norm {self.norm:.4g}, offset {self.offset:.4g}"
+        return f"FeatureVector({text}{', ' + self.note if self.note else ''})"
+
+    def _repr_html_(self) -> str:
+        return Table(self.to_records(), "feature vector")._repr_html_()
 
 
 def _comparable(f: FeatureVector, g: FeatureVector) -> None:
-    if f.site.whole != g.site.whole or f.vector.shape != g.vector.shape:
+    if (f.site.whole, f.site.head) != (g.site.whole, g.site.head) or f.vector.shape != g.vector.shape:
         raise SiteError(f"vectors at {f.site} and {g.site}", "vectors of one site")
     if f.linearization != g.linearization or f.form != g.form:
         raise ArgumentError(
@@ -142,6 +165,11 @@ def _comparable(f: FeatureVector, g: FeatureVector) -> None:
             "one linearisation",
             "their norms do not compare",
         )
+
+
+def _wide(f: FeatureVector) -> Tensor:
+    """A vector in float64, on the CPU: not every device has float64, and one vector is little."""
+    return f.vector.cpu().double()
 
 
 def _ratio(top: Tensor, bottom: Tensor, what: str) -> float:
@@ -161,7 +189,7 @@ def cosine(f: FeatureVector, g: FeatureVector) -> float:
         ArgumentError: If they were made under different linearisations.
     """
     _comparable(f, g)
-    a, b = f.vector.double(), g.vector.double()
+    a, b = _wide(f), _wide(g)
     return _ratio(a @ b, a.norm() * b.norm(), "a cosine")
 
 
@@ -186,13 +214,53 @@ def coupling(f: FeatureVector, g: FeatureVector, cov: Float[Tensor, "d d"] | Non
         True
     """
     _comparable(f, g)
-    a, b = f.vector.double(), g.vector.double()
+    a, b = _wide(f), _wide(g)
     if cov is not None:
         if tuple(cov.shape) != (len(a), len(a)):
             raise ArgumentError(f"a covariance of shape {list(cov.shape)}", f"[{len(a)}, {len(a)}]")
         b, a_seen = cov.to(a) @ b, cov.to(a) @ a
         return _ratio(a @ b, a @ a_seen, "a coupling")
     return _ratio(a @ b, a @ a, "a coupling")
+
+
+def coupling_range(f: FeatureVector, g: FeatureVector, score: float, norm: float) -> tuple[float, float]:
+    """Return the least and the largest score on g of inputs of a given norm that score k on f.
+
+    On the sphere ‖x‖ = s cut by f · x = k, g · x runs over ‖g‖/‖f‖ (k cos θ ± |sin θ| sqrt(s² ‖f‖² - k²)), θ the angle
+    between f and g; its mean is k C(f -> g).
+
+    Args:
+        f: The vector whose score is known.
+        g: The vector whose score is bounded.
+        score: k, without f's offset.
+        norm: s, the norm of the inputs (of normalised activations: about sqrt(d)).
+
+    Raises:
+        SiteError: If the vectors read different sites.
+        ArgumentError: If they were made under different linearisations, or no input of that norm scores that much.
+
+    Source: Dunefsky & Cohan 2024, theorem 2.
+
+    Example:
+        >>> import torch, interp
+        >>> make = lambda *v: interp.FeatureVector(
+        ...     torch.tensor(v), 0.0, interp.Site("hook_embed"), "m", "logits", interp.Linearization.of("path"))
+        >>> coupling_range(make(1.0, 0.0), make(0.0, 2.0), score=3.0, norm=5.0)
+        (-8.0, 8.0)
+    """
+    _comparable(f, g)
+    a, b = _wide(f), _wide(g)
+    size = float(a.norm())
+    if not abs(score) <= norm * size:
+        raise ArgumentError(
+            f"a score of {score:.4g} on a vector of norm {size:.4g}",
+            f"at most {norm * size:.4g} for inputs of norm {norm}",
+        )
+    middle = score * _ratio(a @ b, a @ a, "a range")
+    # |sin θ| ‖g‖ from what of g is across f: 1 - cos² would cancel.
+    across = float((b - a * (a @ b) / (a @ a)).norm())
+    spread = across / size * (norm**2 * size**2 - score**2) ** 0.5 if size else float("nan")
+    return middle - spread, middle + spread
 
 
 @dataclass(frozen=True)
@@ -254,7 +322,7 @@ def _rows(f: FeatureVector, acts: Activations, exclude: tuple[int, ...]) -> Tens
         for p in exclude:
             if -length <= p < length:
                 row[start + p % length] = False
-    value = acts[held[0]]
+    value = f._own_head(acts[held[0]], held[0])
     return value[keep.to(value.device)]
 
 

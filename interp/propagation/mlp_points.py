@@ -33,10 +33,22 @@ class MLPPoint(Protocol):
         ...
 
 
+def _site(ref: Reference, layer: int) -> str:
+    """Where an MLP's input is read: behind its norm, or in the stream where it has none."""
+    name = ref.mlp_norm(layer)
+    return f"{name}.hook_out" if ref.weights.norm(name) is not None else f"blocks.{layer}.hook_resid_mid"
+
+
 def _input_of(ref: Reference, mlp: "MLP", prompt: Any, position: int) -> Float[Tensor, "d"]:
     """The MLP's input in another prompt, at the same distance from its end."""
-    other = prompt if isinstance(prompt, Reference) else Reference(ref.model, prompt)
-    return other.mlp_input(mlp.layer)[other.position(position - ref.length)]
+    back = position - ref.length
+    if isinstance(prompt, Reference):
+        return prompt.mlp_input(mlp.layer)[prompt.position(back)]
+    site = _site(ref, mlp.layer)
+    value = ref.model.capture(prompt, site, positions=back)[site]
+    if len(value) != 1:
+        raise ArgumentError(f"{len(value)} prompts at one end of a segment", "one text, or one list of token ids")
+    return value[0, 0].to(ref.weights.device, ref.weights.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +103,7 @@ class MeanPoint:
 
     def points(self, ref: Reference, mlp: "MLP", y: Tensor, position: int, behind: float) -> Float[Tensor, "k d"]:
         """The one point."""
-        name, known = ref.mlp_norm(mlp.layer), ref.weights.norm(ref.mlp_norm(mlp.layer)) is not None
-        site = f"{name}.hook_out" if known else f"blocks.{mlp.layer}.hook_resid_mid"
+        site = _site(ref, mlp.layer)
         acts = ref.model.capture(self.inputs, site)
         keep = acts.mask.clone()  # type: ignore[union-attr]
         if self.exclude_first:
@@ -100,7 +111,7 @@ class MeanPoint:
         if not keep.any():
             raise ArgumentError("inputs of one token each", "longer inputs, or exclude_first=False")
         value = acts[site]
-        return value[keep.to(value.device)].to(ref.weights.dtype).mean(0, keepdim=True)
+        return value[keep.to(value.device)].to(ref.weights.device, ref.weights.dtype).mean(0, keepdim=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,12 +14,12 @@ from interp.propagation.mlp_points import MLPPoint
 from interp.propagation.paths import Path, PathLike, Step
 from interp.propagation.reference import Reference, Weights
 from interp.propagation.stages import MLP, Pulled, pull_branch, pull_gain, pull_head, pull_norm_at
-from interp.propagation.totals import propagate_all
+from interp.propagation.totals import pre_cap_note, propagate_all
 
 
 def propagate(
     model: Model, observable: Observable, prompt: Any = None, *, path: PathLike | None = None,
-    site: SiteLike | None = None, linearization: LinearizationLike = "path", reference: MLPPoint | None = None,
+    site: SiteLike | None = None, linearization: LinearizationLike | None = None, reference: MLPPoint | None = None,
 ) -> FeatureVector:  # fmt: skip
     """Return the feature vector of an observable at the input of a path, or at a site over all paths.
 
@@ -36,15 +36,17 @@ def propagate(
         observable: What is pulled back.
         prompt: One text or token ids, a `Reference`, or None for the data-free form.
         path: ``L9H1@3 -> L13H11@5 -> logits@-1``, in execution order, or a `Path`.
-        site: A residual or branch site with a position, ``blocks.6.hook_resid_pre@3``, for the total vector.
-        linearization: What is held (``path``: norms and MLPs differentiated, patterns held; ``frozen`` for
-            contributions that sum). Paths hold the attention pattern.
+        site: A site with a position, ``blocks.6.hook_resid_pre@3``, or with a head and a position,
+            ``blocks.6.attn.hook_z#2@3``, for the total vector: residual streams, branches, heads' z and v, neurons
+            (``mlp.hook_post``), outputs of norms (``ln1.hook_out``), embeddings.
+        linearization: What is held: ``path`` by default (norms and MLPs differentiated, patterns held); ``frozen`` for
+            contributions that sum. Paths hold the attention pattern. The data-free form linearises nothing.
         reference: Where MLPs of a path are differentiated, if not at the prompt: `Boundary`, `MeanPoint` or
             `AverageGradient`.
 
     Raises:
         ArgumentError: If not exactly one of path and site is given, a component does not exist or cannot feed the
-            next, or a reference point is missing.
+            next, or activations are needed and there is no prompt.
         PositionError: If a position lies outside the prompt or behind its destination.
         SiteUnavailableError: If the model has no residual stream, or an MLP no closed form.
 
@@ -61,7 +63,9 @@ def propagate(
     """
     if (path is None) == (site is None):
         raise ArgumentError(f"path={path!r} and site={site!r}", "exactly one of them")
-    held = Linearization.of(linearization)
+    if prompt is None:
+        _refuse_without_prompt(site, linearization, reference)
+    held = Linearization.of("path" if linearization is None else linearization)
     if site is not None:
         return _total(model, observable, prompt, Site.parse(site), held, reference)
     assert path is not None
@@ -69,22 +73,44 @@ def propagate(
         raise ArgumentError(
             f"a path under attention={held.attention!r}", "attention='frozen'", "what moves a pattern is on the QK side"
         )
+    if held.overrides:
+        raise ArgumentError(
+            f"a path under overrides {dict(held.overrides)}", "the four fields of a Linearization alone",
+            "total vectors (site=) take overrides",
+        )  # fmt: skip
     chosen = Path.parse(path)
     if prompt is None:
         return _data_free(model, observable, chosen)
-    ref = prompt if isinstance(prompt, Reference) else Reference(model, prompt)
+    chosen.check(model)
+    ref = Reference.of(model, prompt)
     return _along(ref, observable, chosen.check(model, ref.length), held, reference)
+
+
+def _refuse_without_prompt(
+    site: SiteLike | None, linearization: LinearizationLike | None, reference: MLPPoint | None
+) -> None:
+    if site is not None:
+        raise ArgumentError(
+            f"site={str(site)!r} without a prompt", "a prompt", "data-free vectors go along a path: pass path="
+        )
+    if linearization is not None:
+        name = Linearization.of(linearization).name
+        raise ArgumentError(
+            f"linearisation {name!r} needs activations", "a prompt, or a Reference",
+            "leave linearization= out for the data-free form",
+        )  # fmt: skip
+    if reference is not None:
+        raise ArgumentError(f"reference={reference!r:.60} without a prompt", "a prompt", "it says where MLPs are read")
 
 
 def _total(
     model: Model, observable: Observable, prompt: Any, site: Site, held: Linearization, reference: MLPPoint | None
 ) -> FeatureVector:
-    if prompt is None or reference is not None:
+    if reference is not None:
         raise ArgumentError(
-            "site= without a prompt" if prompt is None else f"site= with reference={reference!r}",
-            "a prompt, and no reference point", "data-free vectors and reference points go along a path",
-        )  # fmt: skip
-    if not isinstance(site.positions, tuple) or len(site.positions) != 1:
+            f"site= with reference={reference!r:.60}", "no reference point", "reference points go along a path"
+        )
+    if site.positions != "last" and (not isinstance(site.positions, tuple) or len(site.positions) != 1):
         raise ArgumentError(f"site {site}", "one position, as in blocks.6.hook_resid_pre@3")
     return propagate_all(model, observable, prompt, linearization=held, sites=[site.whole]).vector(site)
 
@@ -94,7 +120,7 @@ def _along(
 ) -> FeatureVector:
     model = ref.model
     w, constant = observable.pull_to_stream(model)
-    y, offset = pull_norm_at(ref, w.to(ref.weights.dtype), "ln_final", held.norm, path.position)
+    y, offset = pull_norm_at(ref, w.to(ref.weights.device, ref.weights.dtype), "ln_final", held.norm, path.position)
     offset = behind = offset + constant
     site = Site(f"blocks.{model.n_layers - 1}.hook_resid_post").at(positions=path.position)
     here = path.position
@@ -107,7 +133,8 @@ def _along(
         site = Site(f"blocks.{step.layer}.{_entrance(model, step)}").at(positions=here)
     if path.embed:
         site = Site("hook_embed").at(positions=here)
-    return FeatureVector(y, float(offset), site, observable.name, str(path), held, "reference", model)
+    note = pre_cap_note(model)
+    return FeatureVector(y, float(offset), site, observable.name, str(path), held, "reference", model, note)
 
 
 def _through_head(ref: Reference, y: Tensor, step: Step, here: int, held: Linearization) -> tuple[Tensor, Tensor, int]:
@@ -153,7 +180,7 @@ def _data_free(model: Model, observable: Observable, path: Path) -> FeatureVecto
             "MLPs, positions and the embedding need a prompt's activations: pass prompt=",
         )  # fmt: skip
     w, constant = observable.pull_to_stream(model)
-    y, offset = pull_gain(w.to(weights.dtype), weights.norm("ln_final"))
+    y, offset = pull_gain(w.to(weights.device, weights.dtype), weights.norm("ln_final"))
     offset, site = offset + constant, Site("ln_final.hook_normalized")
     for step in reversed(path.steps):
         assert step.head is not None
@@ -166,4 +193,5 @@ def _data_free(model: Model, observable: Observable, path: Path) -> FeatureVecto
         site = Site(f"{name}.hook_normalized" if exists else f"blocks.{step.layer}.hook_resid_pre")
     steps = " -> ".join([*map(str, path.steps), "logits"])
     held = Linearization.of("path")
-    return FeatureVector(y, float(offset), site, observable.name, steps, held, "data-free", model)
+    note = pre_cap_note(model)
+    return FeatureVector(y, float(offset), site, observable.name, steps, held, "data-free", model, note)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from interp.hooks.activations import Activations
 from interp.hooks.block_weights import Projection, projection_from, projection_to, read_activation
-from interp.hooks.errors import ArgumentError, SiteUnavailableError
+from interp.hooks.errors import ArgumentError, NonFiniteError, SiteUnavailableError
 from interp.hooks.model import Model
 from interp.hooks.weights import Norm
 
@@ -20,11 +20,12 @@ _BLOCK = (
     "ln1_post.hook_scale", "ln1_post.hook_normalized", "ln2.hook_scale", "ln2.hook_normalized", "mlp.hook_pre",
     "mlp.hook_pre_linear", "mlp.hook_post", "ln2_post.hook_scale", "ln2_post.hook_normalized",
 )  # fmt: skip
+_KEPT = 5  # projections of one layer: to values and gates, from z and neurons
 _ENDS = ("hook_embed", "hook_pos_embed", "ln_final.hook_scale", "ln_final.hook_normalized", "unembed.hook_out")
 
 
 class Weights:
-    """A model's weights in one convention and one dtype; what is cast is made when used."""
+    """A model's weights in one convention, dtype and device; what is cast is made when used, the last few kept."""
 
     def __init__(self, model: Model, dtype: torch.dtype | None = None):
         if model.layout is None or model.layout.post_ln or model.bindings is None:
@@ -35,6 +36,8 @@ class Weights:
             )
         self.model, self.layout, self.bindings = model, model.layout, model.bindings
         self.dtype = dtype or (torch.float64 if model.dtype == torch.float64 else torch.float32)
+        self.device = model.device
+        self._kept: dict[str, Projection] = {}
 
     def norm(self, name: str) -> Norm | None:
         """The norm at a canonical name, or None where the model has none."""
@@ -42,11 +45,27 @@ class Weights:
 
     def values(self, layer: int) -> Projection:
         """W_V and b_V: [d_model, kv_head, d_head]."""
-        return projection_to(self.model, f"blocks.{layer}.attn.hook_v", self.dtype)
+        return self.map_to(f"blocks.{layer}.attn.hook_v")
 
     def output(self, layer: int) -> Projection:
         """W_O and b_O: [head, d_head, d_model]."""
-        return projection_from(self.model, f"blocks.{layer}.attn.hook_z", self.dtype)
+        return self.map_from(f"blocks.{layer}.attn.hook_z")
+
+    def map_to(self, site: str) -> Projection:
+        """The map from a linear module's input to a site that is its output."""
+        return self._keep(site, projection_to)
+
+    def map_from(self, site: str) -> Projection:
+        """The map from a site that is a linear module's input to its output."""
+        return self._keep(site, projection_from)
+
+    def _keep(self, site: str, make: Callable[..., Projection]) -> Projection:
+        found = self._kept.pop(site, None) or make(self.model, site, self.dtype, self.device)
+        while len(self._kept) >= _KEPT:
+            self._kept.pop(next(iter(self._kept)))
+        # A loop over the heads of a layer in half precision casts its matrices once.
+        self._kept[site] = found
+        return found
 
     def group(self, head: int) -> int:
         """The key/value head that a query head reads."""
@@ -61,14 +80,25 @@ class Weights:
 class Reference:
     """A model at one prompt: the divisors, patterns and pre-activations around which pull-backs linearise.
 
+    Every call that takes a prompt takes a reference instead, and then runs the model no more.
+
     Args:
         model: A decoder.
         prompt: One text, or token ids.
-        sites: Further sites to capture.
+        sites: Further sites to capture at once; others are captured when first read.
 
     Raises:
         SiteUnavailableError: If the model has no residual stream that branches add to.
         ArgumentError: If there is more than one prompt.
+        NonFiniteError: If the model gives NaN or infinity.
+
+    Example:
+        >>> import interp
+        >>> model = interp.load("smollm2-135m")
+        >>> ref = interp.Reference(model, "When Mary and John went out")
+        >>> n = interp.Observable.logit_diff(model, " Mary", " John")
+        >>> [interp.propagate(model, n, ref, path=p).position for p in ("L9H1@1", "L9H1@3")]
+        [1, 3]
     """
 
     def __init__(self, model: Model, prompt: Any, sites: tuple[str, ...] = ()):
@@ -81,6 +111,28 @@ class Reference:
         names.append(f"blocks.{model.n_layers - 1}.hook_resid_post")
         wanted = dict.fromkeys(name for name in (*_ENDS, *names) if name in known)
         self.acts: Activations = model.capture(self.batch, [*wanted, *(s for s in sites if s not in wanted)])
+        self._later: dict[str, Activations] = {}
+        if not torch.isfinite(self.at(names[-1])).all():
+            raise NonFiniteError(
+                "the residual stream at this prompt holds NaN or infinity", "finite activations",
+                "a float64 model with padding on the left does that: pass the prompt without padding",
+            )  # fmt: skip
+
+    @classmethod
+    def of(cls, model: Model, prompt: Any) -> "Reference":
+        """Return the reference at a prompt; a reference passes through.
+
+        Raises:
+            ArgumentError: If a reference is one of another model.
+        """
+        if not isinstance(prompt, Reference):
+            return cls(model, prompt)
+        if prompt.model.module is not model.module:
+            raise ArgumentError("a Reference of another model", "one made with this model")
+        return prompt
+
+    def __repr__(self) -> str:
+        return f"Reference({type(self.model.module).__name__}, {self.length} tokens, {self.weights.dtype})"
 
     @property
     def length(self) -> int:
@@ -96,19 +148,34 @@ class Reference:
         return int(self.batch.positions(wanted)[0, 0]) - self.batch.starts[0]
 
     def at(self, site: str) -> Float[Tensor, "..."]:
-        """A site's value without the batch axis, padding cut off, in the working dtype."""
-        site = self._same(site)
-        value = self.acts[site][0]
+        """A site's value without the batch axis, padding cut off, in the working dtype and on one device."""
+        acts, site = self._captured(site)
+        value = acts[site][0]
         start, stop = self.batch.starts[0], self.batch.starts[0] + self.length
-        axes = self.acts.axes[site][1:]
+        axes = acts.axes[site][1:]
         for axis, name in enumerate(axes):
             if name in ("pos", "key"):
                 value = value.narrow(axis, start, stop - start)
-        return value.to(self.weights.dtype)
+        return value.to(self.weights.device, self.weights.dtype)
+
+    def logits(self, position: int) -> Float[Tensor, "vocab"]:
+        """What the unembedding gives at one position: before a final scale and soft-cap."""
+        return self.acts["unembed.hook_out"][0, self.batch.starts[0] + position].to(
+            self.weights.device, self.weights.dtype
+        )
 
     def has(self, site: str) -> bool:
         """Whether the model has this site."""
-        return self._same(site) in self.acts
+        return site in self.weights.bindings.by_address
+
+    def _captured(self, site: str) -> tuple[Activations, str]:
+        """The activations that hold a site, and its name there; captured now if no run has read it."""
+        same = self._same(site)
+        if same in self.acts:
+            return self.acts, same
+        if same not in self._later:
+            self._later[same] = self.model.capture(self.batch, same)
+        return self._later[same], same
 
     def _same(self, site: str) -> str:
         """The captured name of a site: what leaves a block is what enters the next."""
@@ -148,14 +215,12 @@ class Reference:
         name = f"blocks.{layer}.mlp"
         if not self.has(f"{name}.hook_pre") or not self.has(f"{name}.hook_post"):
             return None
-        pre, post = self.acts[f"{name}.hook_pre"], self.acts[f"{name}.hook_post"]
+        # In the model's own dtype, and of real tokens: padding may hold anything, NaN too.
+        own = slice(self.batch.starts[0], self.batch.starts[0] + self.length)
+        pre, post = self.acts[f"{name}.hook_pre"][0, own], self.acts[f"{name}.hook_post"][0, own]
         if not self.has(f"{name}.hook_pre_linear"):
             return read_activation(self.model, layer, pre, post)
-        up = self.acts[f"{name}.hook_pre_linear"]
-        return _gated(self.model, layer, pre, up, post)
-
-
-def _gated(model: Model, layer: int, pre: Tensor, up: Tensor, post: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """The activation of a gated MLP: a(pre) ⊙ up = post, compared where the other factor is not small."""
-    large = up.abs() >= up.abs().median()
-    return read_activation(model, layer, pre[large], (post / up)[large])
+        up = self.acts[f"{name}.hook_pre_linear"][0, own]
+        # a(pre) ⊙ up = post, compared where the other factor is not small.
+        large = up.abs() >= up.abs().median()
+        return read_activation(self.model, layer, pre[large], (post / up)[large])

@@ -7,14 +7,12 @@ Source: Dunefsky & Cohan, "Observable Propagation", ICML 2024, section 3, extend
 MLPs and held divisors and gates.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.hooks.block_weights import projection_from, projection_to
 from interp.hooks.errors import SiteUnavailableError
 from interp.hooks.linearization import Linearization
 from interp.hooks.units import line
@@ -126,12 +124,11 @@ class MLP:
                 "linear modules around an element-wise activation",
                 "total vectors take the autograd form by themselves; paths through this MLP are not available",
             )
-        model, dtype = ref.model, ref.weights.dtype
         self.function, self.layer = function, layer
-        self.pre = projection_to(model, f"{self.name}.hook_pre", dtype)
+        self.pre = ref.weights.map_to(f"{self.name}.hook_pre")
         gated = ref.has(f"{self.name}.hook_pre_linear")
-        self.up = projection_to(model, f"{self.name}.hook_pre_linear", dtype) if gated else None
-        self.down = projection_from(model, f"{self.name}.hook_post", dtype)
+        self.up = ref.weights.map_to(f"{self.name}.hook_pre_linear") if gated else None
+        self.down = ref.weights.map_from(f"{self.name}.hook_post")
 
     def __call__(self, v: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """The MLP's value at a normalised input."""
@@ -164,13 +161,9 @@ class MLP:
 
     def _line(self, g: Tensor, held: Linearization) -> Pulled:
         """(slope, shift) with a(g) = slope g + shift: the tangent, or the chord from 0 (the gain where a(0) = 0)."""
-        slope, shift = line(_call(self.function), g, (), {})
+        slope, shift = line(self.function, g, (), {})
         if held.activation == "tangent":
             return slope, shift
         base = self.function(torch.zeros_like(g))
         safe = torch.where(g == 0, torch.ones_like(g), g)
         return torch.where(g == 0, slope, (self.function(g) - base) / safe), base
-
-
-def _call(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    return lambda z: function(z.clone())

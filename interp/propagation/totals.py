@@ -1,7 +1,7 @@
 """Totals: an observable's covector at every site, over all paths; one sweep through the linearised network."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,11 +22,13 @@ from interp.propagation.stages import MLP, pull_branch, pull_heads, pull_norm_at
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Totals(Mapping[str, Tensor]):
     """Covectors of observables by site, [observable, pos, ...]: the rows of the linearised network.
 
-    At every residual site Σ_pos G · x + offset is the measurement. Positions behind the measured one are zero.
+    At every residual site Σ_pos G · x + offset is the measurement. Positions behind the measured one are zero. Where
+    the sweep was a backward pass, the offset at the embeddings is that of the linearised network run on zeros, and the
+    others are what is missing to the measurement.
 
     Attributes:
         covectors: By site, in the order of the backward sweep.
@@ -36,21 +38,30 @@ class Totals(Mapping[str, Tensor]):
         measurement: n · logits of each observable (before a final soft-cap).
         linearization: What was held.
         reference: The run around which the network was linearised.
+        note: What to know when reading the numbers.
     """
 
-    covectors: dict[str, Tensor] = field(repr=False)
-    offsets: dict[str, Tensor] = field(repr=False)
+    covectors: dict[str, Tensor]
+    offsets: dict[str, Tensor]
     observables: list[str]
     position: int
     measurement: Float[Tensor, "observable"]
     linearization: Linearization
-    reference: Reference = field(repr=False)
+    reference: Reference
+    note: str = ""
 
     def __getitem__(self, site: SiteLike) -> Tensor:
         if str(site) not in self.covectors:
             near = ", ".join(list(self.covectors)[:4])
             raise SiteError(f"totals at {site}", f"one of {near}, ...", "name it in sites=")
         return self.covectors[str(site)]
+
+    def __contains__(self, site: object) -> bool:
+        return isinstance(site, (str, Site)) and str(site) in self.covectors
+
+    def get(self, site: SiteLike, default=None):  # type: ignore[override]
+        """Return the covectors at a site, or the default where it was not swept."""
+        return self.covectors.get(str(site), default)
 
     def __iter__(self):
         return iter(self.covectors)
@@ -66,30 +77,29 @@ class Totals(Mapping[str, Tensor]):
             ArgumentError: If there is no such observable.
         """
         site = Site.parse(site)
-        if not isinstance(site.positions, tuple) or len(site.positions) != 1:
+        where = (-1,) if site.positions == "last" else site.positions
+        if not isinstance(where, tuple) or len(where) != 1:
             raise SiteError(f"{site}", "one position, as in blocks.6.hook_resid_pre@3")
-        index = self._index(observable)
-        position = self.reference.position(site.positions[0])
-        value = self[site.whole][index, position]
-        if site.head is not None:
-            if len(site.head) != 1 or value.ndim != 2 or not site.head[0] < len(value):
-                raise SiteError(f"{site}", "one head of a site with heads")
-            value = value[site.head[0]]
-        if value.ndim != 1:
-            raise SiteError(f"{site}, whose covector is {list(value.shape)}", "one head, as in ...hook_z#3@5")
-        # What other positions carry is constant here: score + offset is the measurement at the reference.
-        score = float(value @ self._own(site, position))
-        offset = float(self.measurement[index]) - score if str(site.whole) in self.offsets else float("nan")
-        placed = site.at(positions=position)
-        name = self.observables[index]
+        index, position = self._index(observable), self.reference.position(where[0])
+        value = self._own_head(site, self[site.whole][index, position])
+        # What other positions and heads carry is constant here: score + offset is the measurement at the reference.
+        score = float(value @ self._own_head(site, self.reference.at(str(site.whole))[position]))
+        offset = float(self.measurement[index]) - score
         return FeatureVector(
-            value, offset, placed, name, "all paths", self.linearization, "reference", self.reference.model
-        )
+            value, offset, site.at(positions=position), self.observables[index], "all paths", self.linearization,
+            "reference", self.reference.model, self.note,
+        )  # fmt: skip
 
-    def _own(self, site: Site, position: int) -> Tensor:
-        known = self.reference.has(str(site.whole))
-        value = self.reference.at(str(site.whole))[position] if known else torch.zeros_like(self[site.whole][0, 0])
-        return value[site.head[0]] if site.head is not None else value
+    @staticmethod
+    def _own_head(site: Site, value: Tensor) -> Tensor:
+        if value.ndim == 1 and site.head is None:
+            return value
+        if value.ndim == 1 or site.head is None or len(site.head) != 1:
+            shape = f"{site}, whose covector at one position is {list(value.shape)}"
+            raise SiteError(shape, "one head, as in ...hook_z#3@5" if value.ndim > 1 else "no head")
+        if not site.head[0] < len(value):
+            raise SiteError(f"head {site.head[0]} of {site} out of range", f"heads 0-{len(value) - 1}")
+        return value[site.head[0]]
 
     def _index(self, observable: int | str) -> int:
         if isinstance(observable, str):
@@ -111,9 +121,34 @@ class Totals(Mapping[str, Tensor]):
             rows.append({"site": site, "error": error, "holds": error <= _tolerance(self.reference.model)})
         return Table(rows, f"Σ G x + offset = measurement ({self.linearization.name})")
 
+    def to_records(self) -> list[dict[str, Any]]:
+        """One row for each site and observable: the covector's norm, over all positions and at the measured one."""
+        return [
+            {
+                "site": site, "observable": name, "norm": float(value[i].norm()),
+                "norm_here": float(value[i, self.position].norm()),
+            }
+            for site, value in self.covectors.items()
+            for i, name in enumerate(self.observables)
+        ]  # fmt: skip
+
+    def __repr__(self) -> str:
+        named = ", ".join(f"{n} = {m:.4g}" for n, m in zip(self.observables, self.measurement.tolist(), strict=True))
+        text = f"{named} at position {self.position} ({self.linearization.name}): {len(self)} sites"
+        return f"Totals({text}{', ' + self.note if self.note else ''})"
+
+    def _repr_html_(self) -> str:
+        return Table(self.to_records(), repr(self)[len("Totals(") : -1])._repr_html_()
+
 
 def _tolerance(model: Model) -> float:
     return _TOLERANCE.get(model.dtype, 5e-2)
+
+
+def pre_cap_note(model: Model) -> str:
+    """What a result says of a model that soft-caps its logits."""
+    capped = model.layout is not None and model.layout.logit_softcap is not None
+    return "measured on the logits before the soft-cap" if capped else ""
 
 
 def propagate_all(
@@ -133,7 +168,8 @@ def propagate_all(
         position: Whose next-token logits are measured.
         linearization: ``path``, ``frozen``, ``exact`` or another.
         sites: Sites to keep: residual streams, ``hook_attn_out``, ``hook_mlp_out``, ``attn.hook_z``, ``attn.hook_v``,
-            ``mlp.hook_post``, ``hook_embed``, ``hook_pos_embed``; all of them by default. Globs select.
+            ``mlp.hook_post``, ``ln1.hook_out``, ``ln2.hook_out``, ``ln_final.hook_out``, ``hook_embed``,
+            ``hook_pos_embed``; all of them by default. Globs select.
 
     Raises:
         SiteUnavailableError: If the model has no residual stream.
@@ -151,13 +187,14 @@ def propagate_all(
         torch.Size([1, 12, 576])
     """
     held = Linearization.of(linearization)
-    ref = prompt if isinstance(prompt, Reference) else Reference(model, prompt)
     many = [observables] if isinstance(observables, Observable) else list(observables)
     if not many or not all(isinstance(n, Observable) for n in many):
         raise ArgumentError(f"observables={observables!r:.80}", "an Observable, or a list of them")
+    ref = Reference.of(model, prompt)
     place = ref.position(position)
     wanted = _wanted(model, sites)
-    closed = held.attention == "frozen" and all(ref.activation(i) is not None for i in range(model.n_layers))
+    plain = held.attention == "frozen" and not held.overrides
+    closed = plain and all(ref.activation(i) is not None for i in range(model.n_layers))
     sweep = _Sweep(ref, many, place, held)
     if closed:
         sweep.run(wanted)
@@ -165,25 +202,30 @@ def propagate_all(
         sweep.run_autograd(wanted)
     found = Totals(
         {s: v for s, v in sweep.values.items() if s in wanted}, {s: c for s, c in sweep.offsets.items() if s in wanted},
-        [n.name for n in many], place, sweep.measurement, held, ref,
+        [n.name for n in many], place, sweep.measurement, held, ref, pre_cap_note(model),
     )  # fmt: skip
     wrong = [row for row in found.check() if not row["holds"]]
     if wrong:
-        raise CompletenessError(
-            f"Σ G x + offset at {wrong[0]['site']} misses the measurement by {wrong[0]['error']:.1e} (relative)",
-            f"at most {_tolerance(model):.0e}",
-        )
+        raise _incomplete(model, wrong[0]["site"], wrong[0]["error"])
     return found
 
 
+def _incomplete(model: Model, where: str, error: float) -> CompletenessError:
+    return CompletenessError(
+        f"Σ G x + offset at {where} misses the measurement by {error:.1e} (relative)",
+        f"at most {_tolerance(model):.0e}",
+    )
+
+
 _SWEPT = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
-_INNER = ("attn.hook_z", "attn.hook_v", "mlp.hook_post")
+_INNER = ("attn.hook_z", "attn.hook_v", "mlp.hook_post", "ln1.hook_out", "ln2.hook_out")
+_ENDS = ("hook_embed", "hook_pos_embed", "ln_final.hook_out")
 
 
 def _wanted(model: Model, sites: Sequence[SiteLike] | None) -> set[str]:
     assert model.bindings is not None
     known = set(model.bindings.by_address)
-    names = ["hook_embed", "hook_pos_embed"]
+    names = list(_ENDS)
     names += [f"blocks.{i}.{part}" for i in range(model.n_layers) for part in (*_SWEPT, *_INNER)]
     legal = [name for name in names if name in known]
     if sites is None:
@@ -191,7 +233,9 @@ def _wanted(model: Model, sites: Sequence[SiteLike] | None) -> set[str]:
     chosen = {str(site.whole) for site, _ in model.resolve([Site.parse(s).whole for s in sites])}
     odd = sorted(chosen - set(legal))
     if odd:
-        raise SiteError(f"totals at {', '.join(odd[:3])}", f"sites ending in {', '.join((*_SWEPT, *_INNER))}")
+        raise SiteError(
+            f"totals at {', '.join(odd[:3])}", f"{', '.join(_ENDS)}, or sites ending in {', '.join((*_SWEPT, *_INNER))}"
+        )
     return chosen
 
 
@@ -202,11 +246,10 @@ class _Sweep:
         self.ref, self.model, self.held, self.position = ref, ref.model, held, position
         self.observables = observables
         pulled = [n.pull_to_stream(self.model) for n in observables]
-        self.start = torch.stack([w for w, _ in pulled]).to(ref.weights.dtype)
+        self.start = torch.stack([w for w, _ in pulled]).to(ref.weights.device, ref.weights.dtype)
         self.constant = torch.tensor([c for _, c in pulled], dtype=ref.weights.dtype, device=self.start.device)
-        logits = ref.at("unembed.hook_out")[position]
-        scale = ref.weights.layout.logit_scale
-        self.measurement = torch.stack([n.measure(logits) for n in observables]).to(self.start) * scale
+        logits = ref.logits(position) * ref.weights.layout.logit_scale
+        self.measurement = torch.stack([n.measure(logits) for n in observables]).to(self.start)
         self.values: dict[str, Tensor] = {}
         self.offsets: dict[str, Tensor] = {}
 
@@ -214,8 +257,7 @@ class _Sweep:
         """The closed form."""
         model, last = self.model, self.model.n_layers - 1
         y, offset = pull_norm_at(self.ref, self.start, "ln_final", self.held.norm, self.position)
-        total = y.new_zeros(len(y), self.ref.length, y.shape[-1])
-        total[:, self.position] = y
+        self.values["ln_final.hook_out"], total = self._placed(self.start), self._placed(y)
         self._keep(f"blocks.{last}.hook_resid_post", total, self.constant + offset)
         for layer in reversed(range(model.n_layers)):
             total = self._block(layer, total, wanted)
@@ -223,6 +265,16 @@ class _Sweep:
             self.values[name] = total
         if not self.ref.has("hook_pos_embed"):
             self.offsets["hook_embed"] = self.offset
+
+    def _placed(self, y: Tensor) -> Tensor:
+        """A covector at the measured position, zero elsewhere."""
+        total = y.new_zeros(len(y), self.ref.length, y.shape[-1])
+        total[:, self.position] = y
+        return total
+
+    def _add(self, site: str, y: Tensor) -> None:
+        """To a site that two branches may read, as the norm of a parallel block."""
+        self.values[site] = self.values[site] + y if site in self.values else y
 
     def _keep(self, site: str, total: Tensor, offset: Tensor) -> None:
         self.values[site], self.offsets[site], self.offset = total, offset, offset
@@ -249,6 +301,7 @@ class _Sweep:
         pulled, post, offset = MLP(self.ref, layer).pull(y, self.held, self.ref.mlp_input(layer))
         if f"blocks.{layer}.mlp.hook_post" in wanted:
             self.values[f"blocks.{layer}.mlp.hook_post"] = post
+        self._add(f"{self.ref.mlp_norm(layer)}.hook_out", pulled)
         x, norm = pull_norm_at(self.ref, pulled, self.ref.mlp_norm(layer), self.held.norm)
         return x, (post_norm + offset + norm).sum(-1)
 
@@ -257,27 +310,38 @@ class _Sweep:
         y, post_norm = pull_branch(self.ref, total, layer, "ln1_post", self.held.norm)
         pulled, z, v, offset = pull_heads(self.ref.weights, y, layer, self.ref.pattern(layer))
         self.values[f"{name}.attn.hook_z"], self.values[f"{name}.attn.hook_v"] = z, v
+        self._add(f"{name}.ln1.hook_out", pulled)
         x, norm = pull_norm_at(self.ref, pulled, f"{name}.ln1", self.held.norm)
         return x, offset + (post_norm + norm).sum(-1)
 
     def run_autograd(self, wanted: set[str]) -> None:
         """One batched backward pass through the network with its decisions held."""
-        sites = [s for s in _order(self.model) if s in wanted]
-
-        scale = self.ref.weights.layout.logit_scale
+        ends = [s for s in ("hook_embed", "hook_pos_embed") if self.ref.has(s)]
+        sites = [s for s in _order(self.model) if s in wanted or s in ends]
+        start, scale = self.ref.batch.starts[0], self.ref.weights.layout.logit_scale
 
         def readout(logits: Tensor) -> Tensor:
-            here = logits[0, self.ref.batch.starts[0] + self.position] * scale
+            here = logits[0, start + self.position] * scale
             return torch.stack([n.measure(here) for n in self.observables])
 
-        grads = frozen_gradients(self.model, self.ref.batch, sites, "unembed.hook_out", readout, self.held)
+        grads, constant = frozen_gradients(self.model, self.ref.batch, sites, "unembed.hook_out", readout, self.held)
         for site, grad in grads.items():
-            start = self.ref.batch.starts[0]
-            grad = grad[:, start : start + self.ref.length].to(self.ref.weights.dtype)
+            grad = grad[:, start : start + self.ref.length].to(self.start)
             self.values[site] = grad
-            if "resid" in site or (site == "hook_embed" and not self.ref.has("hook_pos_embed")):
-                score = (grad * self.ref.at(site)).flatten(1).sum(1)
-                self.offsets[site] = self.measurement - score
+            if "resid" in site:
+                self.offsets[site] = self.measurement - (grad * self.ref.at(site)).flatten(1).sum(1)
+        constant = constant.to(self.start)
+        if len(ends) == 1:
+            self.offsets[ends[0]] = constant
+        self._check_at(ends, constant)
+
+    def _check_at(self, sites: list[str], constant: Tensor) -> None:
+        """Refuse a backward pass whose covectors at the embeddings miss the measurement."""
+        terms = torch.cat([(self.values[s] * self.ref.at(s)).flatten(1) for s in sites], 1)
+        gap = (terms.sum(1) + constant - self.measurement).abs()
+        error = float((gap / (terms.abs().sum(1) + constant.abs()).clamp(min=1e-30)).max())
+        if not error <= _tolerance(self.model):
+            raise _incomplete(self.model, " + ".join(sites), error)
 
 
 def _order(model: Model) -> list[str]:
