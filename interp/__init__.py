@@ -31,6 +31,11 @@ _HOME = {
     "interp.lens": ["LogitLens", "logit_lens"],
     "interp.observable_sets": ["ObservableSet"],
     "interp.observables": ["Observable"],
+    "interp.patching.activation": ["patch_grid"],
+    "interp.patching.attribution": ["attribution_patching"],
+    "interp.patching.edges": ["edge_attribution"],
+    "interp.patching.grid": ["PatchGrid"],
+    "interp.patching.paths": ["path_patch"],
     "interp.path_search": ["PathSearch", "find_paths"],
     "interp.query_key": ["AttentionScore", "attention_score", "pattern_effects"],
     "interp.low_data": ["LowDataComparison", "low_data_comparison"],
@@ -82,6 +87,11 @@ if TYPE_CHECKING:
     from interp.low_data import LowDataComparison, low_data_comparison
     from interp.observable_sets import ObservableSet
     from interp.observables import Observable
+    from interp.patching.activation import patch_grid
+    from interp.patching.attribution import attribution_patching
+    from interp.patching.edges import edge_attribution
+    from interp.patching.grid import PatchGrid
+    from interp.patching.paths import path_patch
     from interp.path_search import PathSearch, find_paths
     from interp.plots import chart
     from interp.propagation.feature_vectors import (
@@ -106,11 +116,12 @@ __all__ = [
     "Activations", "Add", "AttentionScore", "Attribution", "AverageGradient", "Boundary", "Cost", "CouplingFit",
     "Dictionary", "DoseResponse", "FeatureVector", "Function", "InterpError", "Intervention", "Layout", "LinearMap",
     "LinearScope", "Linearization", "LogitLens", "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable",
-    "ObservableSet", "Patch", "Path", "PathSearch", "ProjectOut", "Reference", "Run", "Scale", "SequenceObservable",
-    "Set", "Site", "Step", "Table", "Totals", "Unit", "Votes", "Zero", "attach", "attention_score", "chart",
-    "cosine", "cost", "coupling", "direct_attribution", "dose_response", "find_paths", "load", "load_plan",
-    "logit_lens", "low_data_comparison", "orthogonalize", "pairwise", "pattern_effects", "propagate",
-    "propagate_all", "register_unit", "save_plan", "validate_coupling",
+    "ObservableSet", "Patch", "PatchGrid", "Path", "PathSearch", "ProjectOut", "Reference", "Run", "Scale",
+    "SequenceObservable", "Set", "Site", "Step", "Table", "Totals", "Unit", "Votes", "Zero", "attach",
+    "attention_score", "attribution_patching", "chart", "cosine", "cost", "coupling", "direct_attribution",
+    "dose_response", "edge_attribution", "find_paths", "load", "load_plan", "logit_lens", "low_data_comparison",
+    "orthogonalize", "pairwise", "patch_grid", "path_patch", "pattern_effects", "propagate", "propagate_all",
+    "register_unit", "save_plan", "validate_coupling",
 ]  # fmt: skip
 
 

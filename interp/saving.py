@@ -24,6 +24,7 @@ _TYPES = {
     "Eigen": "interp.hooks.spectra",
     "LogitLens": "interp.lens",
     "LowDataComparison": "interp.low_data",
+    "PatchGrid": "interp.patching.grid",
     "PathSearch": "interp.path_search",
     "SVD": "interp.hooks.spectra",
     "Stability": "interp.hooks.stability",
