@@ -34,8 +34,9 @@ def attribution_patching(
 
     One forward and one backward pass of the base run (corrupt where one denoises) give the gradients of all cells. With
     ``steps`` the gradient is averaged over that many points between the runs' values at the site, one site at a time:
-    the estimates over a full cut of the residual stream then sum to m_source - m_base as steps grow. A sample of cells
-    is patched exactly, and ``audit`` of the result says how well the estimates agree.
+    the estimates over a full cut of the residual stream then sum to m_source - m_base as steps grow (not where a
+    mixture of experts sends a token elsewhere: a jump that no gradient sees). A sample of cells is patched exactly, and
+    ``audit`` of the result says how well the estimates agree.
 
     Args:
         model: A model of tokens with logits.

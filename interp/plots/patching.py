@@ -92,8 +92,8 @@ def _panel(
     import altair as alt
 
     columns, lines = len(grid.axes.get(along, [0])), len(grid.axes[up]) if up else 1
-    wide = max(9.0, min(44.0, (_WIDE if panels == 1 else 240) / columns))
-    high = max(9.0, min(24.0, (_HIGH if panels == 1 else 240) / lines))
+    wide = max(9.0, min(44.0, (_WIDE if panels == 1 else 320) / columns))
+    high = max(9.0, min(24.0, (_HIGH if panels == 1 else 320) / lines))
     legend = alt.Legend(
         title=_SHOWN[show], orient="top", direction="horizontal", gradientLength=180, gradientThickness=8,
         titleOrient="left", titlePadding=10, format="+.2f", tickCount=3,
@@ -108,7 +108,7 @@ def _panel(
         .mark_rect(stroke="#f1f3f5", strokeWidth=1, cursor="pointer")
         .encode(
             x=alt.X("x:N", title=along, axis=alt.Axis(labelExpr=LABEL, ticks=False, labelAngle=-90)),
-            y=alt.Y("y:N", sort="descending", title=up, axis=alt.Axis(labelExpr=LABEL, ticks=False, labels=bool(up))),
+            y=alt.Y("y:N", sort="descending", title=up, axis=alt.Axis(labelExpr=LABEL, ticks=False, labels=bool(up), labelOverlap=True)),
             color=alt.Color("shown:Q", scale=alt.Scale(domain=[-limit, limit], **DIVERGING), legend=legend),
             opacity=alt.condition(picked, alt.value(1), alt.value(0.35)),
             stroke=alt.condition(picked, alt.value(INK), alt.value("#f1f3f5"), empty=False),
