@@ -100,6 +100,7 @@ def _panel(
     )  # fmt: skip
     name = "cells" if panels == 1 else f"cells{_panels(grid, _axes(grid)[2]).index(panel)}"
     picked = alt.selection_point(name="pick", fields=["place"])
+    upwards = alt.Axis(labelExpr=LABEL, ticks=False, labels=bool(up), labelOverlap=True)
     tooltip = [alt.Tooltip("place:N"), *([alt.Tooltip("token:N")] if grid.tokens is not None else [])]
     tooltip += [alt.Tooltip(f"{key}:Q", format="+.4f") for key in ("value", "effect", "normalised")]
     return (
@@ -108,7 +109,7 @@ def _panel(
         .mark_rect(stroke="#f1f3f5", strokeWidth=1, cursor="pointer")
         .encode(
             x=alt.X("x:N", title=along, axis=alt.Axis(labelExpr=LABEL, ticks=False, labelAngle=-90)),
-            y=alt.Y("y:N", sort="descending", title=up, axis=alt.Axis(labelExpr=LABEL, ticks=False, labels=bool(up), labelOverlap=True)),
+            y=alt.Y("y:N", sort="descending", title=up, axis=upwards),
             color=alt.Color("shown:Q", scale=alt.Scale(domain=[-limit, limit], **DIVERGING), legend=legend),
             opacity=alt.condition(picked, alt.value(1), alt.value(0.35)),
             stroke=alt.condition(picked, alt.value(INK), alt.value("#f1f3f5"), empty=False),
