@@ -35,7 +35,8 @@ def patch_grid(
         clean: One prompt (text or token ids), or a list of prompts.
         corrupt: As many prompts, each of as many tokens as its clean one.
         metric: An `Observable`, or one for each pair; a function of the logits at ``position`` [row, vocab] that gives
-            [row]; or ``"kl"``: KL(p_clean ‖ p_run) of the next token, in nats.
+            [row]; a `SequenceObservable`, with ``position=None``; or ``"kl"``: KL(p_clean ‖ p_run) of the next token,
+            in nats.
         sites: What is patched: ``resid_pre``, ``resid_mid``, ``resid_post``, ``attn_out``, ``mlp_out`` (what is added
             to the stream), ``z``, ``q``, ``k``, ``v``, ``pattern``, ``mlp_post`` (neurons), ``blocks.*.NAME``, or the
             address of one site. Several make an axis ``site``.

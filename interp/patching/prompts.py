@@ -17,6 +17,7 @@ from interp.hooks.inputs import Batch
 from interp.hooks.interventions import PlanLike
 from interp.hooks.model import Model
 from interp.observables import Observable
+from interp.sequences import SequenceObservable
 
 Direction = Literal["denoise", "noise"]
 Side = Literal["clean", "corrupt"]
@@ -60,6 +61,10 @@ class Measure:
         Raises:
             ArgumentError: If it is of no legal kind, or a list of another length than the pairs.
         """
+        if getattr(metric, "site", None) is not None:
+            raise ArgumentError(f"an observable of {metric.site}", "a metric of the logits")
+        if isinstance(metric, SequenceObservable) and position is not None:
+            raise ArgumentError(f"a sequence with position={position}", "position=None: it names its own positions")
         kl = isinstance(metric, str) and metric == "kl"
         if position is None and (kl or not callable(metric) or isinstance(metric, Observable)):
             raise ArgumentError("position=None", "one position", "only a function may read the logits of all positions")

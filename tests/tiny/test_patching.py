@@ -144,6 +144,9 @@ def test_a_function_may_read_all_positions():
     found = interp.patch_grid(model, [CLEAN], [CORRUPT], total, position=None, by="layer")
     assert found.clean == pytest.approx(float(model.run([CLEAN])[0, 2:4, 5].sum()))
     close(model, found.normalised, torch.ones(model.n_layers))
+    sequence = interp.Observable.sequence(model, [(2, 5), (3, 5)])
+    same = interp.patch_grid(model, [CLEAN], [CORRUPT], sequence, position=None, by="layer")
+    close(model, same.values, found.values)
 
 
 # First order ---------------------------------------------------------------------------------------------------------
@@ -476,6 +479,10 @@ def test_prompts_and_metrics_that_do_not_fit_are_refused(unchecked):
         grid([CLEAN], [CORRUPT], lambda logits: logits, batch_size=1)
     with pytest.raises(ArgumentError, match="an Observable, one for each pair"):
         grid([CLEAN], [CORRUPT], "logit")
+    with pytest.raises(ArgumentError, match="a metric of the logits"):
+        grid([CLEAN], [CORRUPT], interp.Observable.from_residual(torch.ones(WIDTH), site="blocks.1.hook_resid_post"))
+    with pytest.raises(ArgumentError, match="position=None: it names its own"):
+        grid([CLEAN], [CORRUPT], interp.Observable.sequence(model, [(2, 5), (3, 7)]))
     with pytest.raises(ArgumentError, match="an axis 'layer'"):
         interp.attribution_patching(model, [CLEAN], [CORRUPT], metric, by="position")
     with pytest.raises(ArgumentError, match="which is 0"):
