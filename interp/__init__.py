@@ -13,8 +13,8 @@ _HOME = {
     "interp.hooks.attach": ["attach", "load"],
     "interp.hooks.errors": ["InterpError"],
     "interp.hooks.interventions": [
-        "Add", "Function", "Intervention", "Mean", "Patch", "ProjectOut", "Scale", "Set", "Zero",
-        "load_plan", "save_plan",
+        "Add", "Function", "Intervention", "Mean", "Patch", "ProjectOut", "Scale", "Set", "Zero", "load_plan",
+        "save_plan",
     ],
     "interp.hooks.layouts": ["Layout"],
     "interp.hooks.linear_map": ["LinearMap"],
@@ -29,13 +29,15 @@ _HOME = {
     "interp.attribution": ["Attribution", "direct_attribution"],
     "interp.dictionaries": ["Dictionary"],
     "interp.lens": ["LogitLens", "logit_lens"],
+    "interp.low_data": ["LowDataComparison", "low_data_comparison"],
     "interp.observable_sets": ["ObservableSet"],
     "interp.observables": ["Observable"],
+    "interp.patching.activation": ["patch_grid"],
+    "interp.patching.attribution": ["attribution_patching"],
+    "interp.patching.edges": ["edge_attribution"],
+    "interp.patching.grid": ["PatchGrid"],
+    "interp.patching.paths": ["path_patch"],
     "interp.path_search": ["PathSearch", "find_paths"],
-    "interp.query_key": ["AttentionScore", "attention_score", "pattern_effects"],
-    "interp.low_data": ["LowDataComparison", "low_data_comparison"],
-    "interp.sequences": ["SequenceObservable"],
-    "interp.steering": ["Cost", "DoseResponse", "cost", "dose_response", "orthogonalize"],
     "interp.plots": ["chart"],
     "interp.propagation.comparison": ["ObservableComparison", "compare_observables"],
     "interp.propagation.feature_vectors": [
@@ -46,7 +48,10 @@ _HOME = {
     "interp.propagation.propagate": ["propagate"],
     "interp.propagation.reference": ["Reference"],
     "interp.propagation.totals": ["Totals", "propagate_all"],
+    "interp.query_key": ["AttentionScore", "attention_score", "pattern_effects"],
     "interp.runs": ["Run"],
+    "interp.sequences": ["SequenceObservable"],
+    "interp.steering": ["Cost", "DoseResponse", "cost", "dose_response", "orthogonalize"],
 }  # fmt: skip
 _NAMES = {name: home for home, names in _HOME.items() for name in names}
 
@@ -83,6 +88,11 @@ if TYPE_CHECKING:
     from interp.low_data import LowDataComparison, low_data_comparison
     from interp.observable_sets import ObservableSet
     from interp.observables import Observable
+    from interp.patching.activation import patch_grid
+    from interp.patching.attribution import attribution_patching
+    from interp.patching.edges import edge_attribution
+    from interp.patching.grid import PatchGrid
+    from interp.patching.paths import path_patch
     from interp.path_search import PathSearch, find_paths
     from interp.plots import chart
     from interp.propagation.comparison import ObservableComparison, compare_observables
@@ -109,12 +119,12 @@ __all__ = [
     "Activations", "Add", "AttentionScore", "Attribution", "AverageGradient", "Boundary", "Cost", "CouplingFit",
     "Dictionary", "DoseResponse", "FeatureVector", "Function", "InterpError", "Intervention", "Layout", "LinearMap",
     "LinearScope", "Linearization", "LogitLens", "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable",
-    "ObservableComparison", "ObservableSet", "Patch", "Path", "PathSearch", "ProjectOut", "Reference", "Run", "Scale",
-    "SequenceObservable", "Set", "Site", "Step", "Table", "Totals", "Unit", "Votes", "Zero", "attach",
-    "attention_score", "chart", "compare_observables", "cosine", "cost", "coupling", "coupling_range",
-    "direct_attribution", "dose_response", "find_paths", "load", "load_plan", "logit_lens", "low_data_comparison",
-    "orthogonalize", "pairwise", "pattern_effects", "propagate", "propagate_all", "register_unit", "save_plan",
-    "validate_coupling",
+    "ObservableComparison", "ObservableSet", "Patch", "PatchGrid", "Path", "PathSearch", "ProjectOut", "Reference",
+    "Run", "Scale", "SequenceObservable", "Set", "Site", "Step", "Table", "Totals", "Unit", "Votes", "Zero",
+    "attach", "attention_score", "attribution_patching", "chart", "compare_observables", "cosine", "cost",
+    "coupling", "coupling_range", "direct_attribution", "dose_response", "edge_attribution", "find_paths", "load",
+    "load_plan", "logit_lens", "low_data_comparison", "orthogonalize", "pairwise", "patch_grid", "path_patch",
+    "pattern_effects", "propagate", "propagate_all", "register_unit", "save_plan", "validate_coupling",
 ]  # fmt: skip
 
 

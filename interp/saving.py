@@ -28,12 +28,13 @@ _TYPES = {
     "LogitLens": "interp.lens",
     "LowDataComparison": "interp.low_data",
     "ObservableComparison": "interp.propagation.comparison",
+    "PatchGrid": "interp.patching.grid",
     "PathSearch": "interp.path_search",
     "SVD": "interp.hooks.spectra",
     "Stability": "interp.hooks.stability",
+    "Table": "interp.hooks.table",
     "TokenBlocks": "interp.hooks.token_blocks",
     "Votes": "interp.hooks.votes",
-    "Table": "interp.hooks.table",
 }
 
 
