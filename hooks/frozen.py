@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +26,8 @@ Select = Callable[[Any], Tensor] | Read
 
 # Temporaries of a rule, beside the live values: the product and the sum of slope * v + offset.
 _TEMPORARIES = 2
+# Backwards through a graph, the gradients of a value and of what it was made from are alive together.
+_BACKWARD = 2
 
 
 class FrozenNetwork:
@@ -72,6 +73,11 @@ class FrozenNetwork:
     def own_dtype(self) -> torch.dtype:
         """The dtype in which the model itself runs."""
         return self.model.dtype if self.batch.ids is not None else self._slot.dtype
+
+    @property
+    def pull_bytes(self) -> int | None:
+        """Memory that a pull takes for each direction, or None before the first push."""
+        return None if self.push_bytes is None else _BACKWARD * self.push_bytes
 
     def _leaves_of(self, values: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         return calls.mark_live({n: v.detach().to(dtype).clone().requires_grad_() for n, v in values.items()})
@@ -172,7 +178,8 @@ class FrozenNetwork:
 
     def _through(self, tape: Tape, values: dict[str, Tensor]) -> Tensor:
         """The output for values of the blocks, the network's own code run under a tape."""
-        with untouched(self.model.module, self._weights), tape.running(), self._inputs_from(values):
+        module = self.model.module
+        with wearing(module, self._weights), untouched(module), tape.running(), self._inputs_from(values):
             if isinstance(self.select, Read):
                 session = Session(self.model.module, [self.select], stop=True, keep_graph=True)
                 with session:
@@ -213,28 +220,35 @@ class FrozenNetwork:
 
 
 @contextmanager
-def untouched(module: nn.Module, weights: Mapping[int, Tensor] = MappingProxyType({})) -> Iterator[None]:
-    """Weights without gradients, random numbers as before, and buffers as copies, to which the network may write.
+def wearing(module: nn.Module, weights: Mapping[int, Tensor]) -> Iterator[None]:
+    """Other tensors in the place of those parameters and buffers whose id has one."""
+    owners = [own for m in module.modules() for own in (m._parameters, m._buffers)] if weights else []
+    own = [(place, name, t) for place in owners for name, t in place.items() if id(t) in weights]
+    try:
+        for place, name, t in own:
+            place[name] = weights[id(t)]
+        yield
+    finally:
+        for place, name, t in own:
+            place[name] = t
 
-    Parameters and buffers whose id is among the given weights are replaced by these.
-    """
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Weights without gradients, random numbers as before, and buffers as copies, to which the network may write."""
     flagged = [p for p in module.parameters() if p.requires_grad]
-    wide = [(m._parameters, n, p) for m in module.modules() for n, p in m._parameters.items()]
-    wide = [(own, name, p) for own, name, p in wide if id(p) in weights]
-    buffers = [(m._buffers, n, b) for m in module.modules() for n, b in m.named_buffers(recurse=False)]
+    own = [(m, n, b) for m in module.modules() for n, b in m.named_buffers(recurse=False)]
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(list(devices)):
         try:
             for p in flagged:
                 p.requires_grad_(False)
-            for own, name, p in wide:
-                own[name] = weights[id(p)]
-            for own, name, buffer in buffers:
-                own[name] = weights.get(id(buffer), buffer).detach().clone()
+            for m, name, buffer in own:
+                m._buffers[name] = buffer.detach().clone()
             yield
         finally:
-            for own, name, value in (*wide, *buffers):
-                own[name] = value
+            for m, name, buffer in own:
+                m._buffers[name] = buffer
             for p in flagged:
                 p.requires_grad_(True)
 

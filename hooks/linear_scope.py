@@ -35,8 +35,6 @@ from interp.hooks.votes import BiasReport, Votes, report_biases
 from interp.hooks.windows import WindowLike, restricted
 
 _OUTLIER = 5
-# Backwards through a graph, gradients of a value and of what it was made from are alive together.
-_BACKWARD = 2
 
 
 @dataclass(frozen=True)
@@ -159,10 +157,7 @@ class LinearScope(LinearMap):
         return self.network.replay(blocks)
 
     def run_together(self, probes: Float[Tensor, "..."] | dict[str, Float[Tensor, "n ..."]]) -> Together:
-        """Return y and F v + r from one pass over the batch [reference; probes]: each unit decides on the reference.
-
-        It uses nothing that was recorded, so that it checks `replay` and `matvec`. F v is the difference to a zero
-        probe; where r is large, `matvec` keeps more digits.
+        """Return y and F v + r from one pass over the batch [reference; probes], with nothing recorded beforehand.
 
         Args:
             probes: Values of the first input block [n, *in_shape], other blocks zero; or of each block by its name.
@@ -171,8 +166,8 @@ class LinearScope(LinearMap):
             MixedBatchError: If the network mixes the items of a batch, or loses the batch axis before a unit.
 
         Example:
-            >>> import interp, torch
-            >>> scope = interp.LinearScope(interp.attach(torch.nn.Linear(3, 2)), torch.ones(1, 3))
+            >>> import interp
+            >>> scope = LinearScope(interp.attach(torch.nn.Linear(3, 2)), torch.ones(1, 3))
             >>> torch.allclose(scope.run_together(torch.zeros(4, 3)).probes, scope.r.expand(4, 2))
             True
         """
@@ -186,7 +181,7 @@ class LinearScope(LinearMap):
             push=lambda v: network.push({name: v}),
             pull=lambda w: network.pull(name, w),
             in_shape=value.shape[1:], out_shape=self.y.shape[1:], like=self.Fx, linearization=network.held,
-            push_bytes=network.push_bytes, pull_bytes=_BACKWARD * (network.push_bytes or 0), **limits,
+            push_bytes=network.push_bytes, pull_bytes=network.pull_bytes, **limits,
         )  # fmt: skip
 
     # Reading ---------------------------------------------------------------------------------------------------------

@@ -113,7 +113,11 @@ def child(what: str, budget: str = "2GiB") -> None:
 def budgets() -> list[str]:
     """Peak memory above that of a scope alone, for 64 columns asked for at once, under budgets."""
     alone = peak("scope")
-    lines = ["64 columns of EfficientNet-Lite0 at 224 x 224 with `chunk=64`:", "", "| budget | peak above the scope alone |"]
+    lines = [
+        "64 columns of EfficientNet-Lite0 at 224 x 224 with `chunk=64`:",
+        "",
+        "| budget | peak above the scope alone |",
+    ]
     lines += ["|---|---|"]
     for budget in ("2GiB", "512MiB", "128MiB"):
         lines.append(f"| {budget} | {peak('columns', budget) - alone:.0f} MiB |")
