@@ -90,7 +90,8 @@ class Chunked:
     def __init__(
         self, apply: Callable[[Tensor], Tensor], bytes_each: int, budget: int, chunk: Chunk, what: str = "a product"
     ):
-        self.apply, self.bytes_each, self.budget, self.chunk = apply, max(1, bytes_each), budget, _checked(chunk)
+        self.apply, self.bytes_each, self.budget = apply, max(1, bytes_each), budget
+        self.chunk: Chunk = _checked(chunk)
         if self.bytes_each > budget:
             raise SizeError(
                 f"a budget of {budget:,} bytes", f"{self.bytes_each:,} bytes for one probe of {what}",
@@ -113,7 +114,7 @@ class Chunked:
         fixed = self.chunk if chunk is None else _checked(chunk)
         out, start = None, 0
         while out is None or start < n:
-            size = min(self._size(n - start) if fixed == "auto" else fixed, self.most)
+            size = min(fixed if isinstance(fixed, int) else self._size(n - start), self.most)
             some = slice(start, min(start + size, n))
             part = self._timed(probes(some), fixed == "auto")
             if some.stop - start == n:

@@ -222,8 +222,8 @@ class FrozenNetwork:
 @contextmanager
 def wearing(module: nn.Module, weights: Mapping[int, Tensor]) -> Iterator[None]:
     """Other tensors in the place of those parameters and buffers whose id has one."""
-    owners = [own for m in module.modules() for own in (m._parameters, m._buffers)] if weights else []
-    own = [(place, name, t) for place in owners for name, t in place.items() if id(t) in weights]
+    owners: list[dict[str, Any]] = [own for m in module.modules() for own in (m._parameters, m._buffers)]  # type: ignore[misc]
+    own = [(place, name, t) for place in (owners if weights else []) for name, t in place.items() if id(t) in weights]
     try:
         for place, name, t in own:
             place[name] = weights[id(t)]

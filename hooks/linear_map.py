@@ -136,14 +136,8 @@ class LinearMap:
         size = math.prod(self.out_shape), math.prod(self.in_shape)
         (matmat, matvec), (rmatmat, rmatvec) = apply(self._push, self.in_shape), apply(self._pull, self.out_shape)
         # Called with functions, LinearOperator makes an operator of another class; its stub knows only the first form.
-        return LinearOperator(  # pyright: ignore
-            size,
-            matvec=matvec,
-            rmatvec=rmatvec,
-            matmat=matmat,
-            rmatmat=rmatmat,
-            dtype=np.float64,  # pyright: ignore
-        )
+        calls = {"matvec": matvec, "rmatvec": rmatvec, "matmat": matmat, "rmatmat": rmatmat}
+        return LinearOperator(size, dtype=np.float64, **calls)  # pyright: ignore
 
     def _check_adjoint(self) -> None:
         made = torch.Generator().manual_seed(0)
@@ -151,7 +145,8 @@ class LinearMap:
         v, w = (torch.randn(1, *shape, generator=made).to(self.device, self.dtype) for shape in shapes)
         pushed, pulled = self._push(v).double(), self._pull(w).double()
         gap = float(((pushed * w.double()).sum() - (v.double() * pulled).sum()).abs())
-        allowed = max(min(100 * torch.finfo(self.dtype).eps, 2e-2), 1e-12) * float(pushed.norm() * w.double().norm())
+        # Not finer in float64: networks that compute norms in float32 have no finer adjoint.
+        allowed = min(max(100 * torch.finfo(self.dtype).eps, 1e-6), 2e-2) * float(pushed.norm() * w.double().norm())
         if not gap <= allowed:
             raise LinearizationError(
                 f"<F v, w> and <v, Fᵀ w> differ by {gap:.1e}", f"at most {allowed:.1e} in {self.dtype}",
