@@ -145,7 +145,8 @@ def in_place(func: Callable, kwargs: dict[str, Any]) -> bool:
     """Whether a call writes to its first argument."""
     name = raw_name(func)
     if name.startswith("__"):
-        return name.startswith("__i") and name not in ("__index__", "__invert__", "__int__")
+        writes = name.startswith("__i") and name not in ("__index__", "__invert__", "__int__")
+        return writes or name == "__setitem__"
     return name.endswith("_") or bool(kwargs.get("inplace"))
 
 

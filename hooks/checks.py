@@ -5,10 +5,36 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from interp.hooks.errors import CompletenessError, MixedBatchError, NonFiniteError
 from interp.hooks.table import Table
 
 if TYPE_CHECKING:
     from interp.hooks.linear_scope import LinearScope
+
+
+def refuse_incomplete(scope: "LinearScope") -> None:
+    """Refuse a scope whose parts do not sum to the network's output.
+
+    Raises:
+        NonFiniteError: If F x or r holds NaN or infinity.
+        CompletenessError: If F x + r is not y; the unit that is not affine is named.
+    """
+    if not torch.isfinite(scope.Fx + scope.r).all():
+        raise NonFiniteError(
+            "F x or r holds NaN or infinity",
+            "finite derivatives at the reference",
+            "a root or a norm of zero has none: choose norm='frozen', or another reference",
+        )
+    gap = float((scope.Fx + scope.r - scope.y).abs().max())
+    size = max(float(t.abs().max()) for t in (scope.Fx, scope.r, scope.y))
+    if not gap <= scope.worst_tolerance * max(size, 1e-30):
+        worst, unit = max(scope.network.unit_gaps(), default=(0.0, ""))
+        culprit = f"; {unit} is not affine, by {worst:.1e}" if worst > scope.worst_tolerance else ""
+        raise CompletenessError(
+            f"F x + r differs from the output by {gap:.1e} (of {size:.1e}){culprit}",
+            f"a relative difference below {scope.worst_tolerance:.0e}",
+            "a part of this network is not what the tape saw: scope a smaller part of it with output=",
+        )
 
 
 def check(scope: "LinearScope", probes: int, seed: int) -> Table:
@@ -18,23 +44,40 @@ def check(scope: "LinearScope", probes: int, seed: int) -> Table:
         ("completeness: F x + r = y", scope.Fx + scope.r - scope.y, size),
         ("frozen network at the reference = y", scope.network.output.detach() - scope.y, size),
     ]
+    rows = [_row(*gap, scope.worst_tolerance) for gap in gaps]
+    worst, unit = max(scope.network.unit_gaps(), default=(0.0, "none"))
+    gaps = [(f"every unit is affine: {unit}", torch.tensor(worst), 1.0)]
     for _ in range(probes):
         gaps += [_replay_gap(scope, made, size), _adjoint_gap(scope, made)]
-    worst, unit = max(scope.network.unit_gaps(), default=(0.0, "none"))
-    gaps.insert(2, (f"every unit is affine: {unit}", torch.tensor(worst), 1.0))
-    rows = [_row(*gap, scope.worst_tolerance) for gap in gaps]
+    rows += [_row(*gap, scope.map_tolerance) for gap in gaps + _one_batch_gap(scope, made, size)]
     return Table(rows, f"checks of LinearScope ({scope.network.held.name})")
 
 
 def _replay_gap(scope: "LinearScope", made: torch.Generator, size: float) -> tuple[str, Tensor, float]:
-    probes = {}
-    for name, block in scope.blocks.items():
-        noise = _noise(block.value, made)
-        probes[name] = 10 * noise * block.value.norm() / noise.norm()
+    probes = _large(scope, made)
     parts = (b.map.matvec(probes[n][0])[None] for n, b in scope.blocks.items())
     pushed = sum(parts, torch.zeros_like(scope.y))
     scale = max(float(pushed.abs().max()), size)
     return "linearity: replay at 10x = F v + r", scope.replay(probes) - pushed - scope.r, scale
+
+
+def _one_batch_gap(scope: "LinearScope", made: torch.Generator, size: float) -> list[tuple[str, Tensor, float]]:
+    """The paper's engine against the tape; none where the network mixes a batch, or decides in another dtype."""
+    if scope.dtype != scope.y.dtype:
+        return []
+    probes = _large(scope, made)
+    try:
+        found = scope.run_together(probes).probes
+    except MixedBatchError:
+        return []
+    scale = max(size, float(found.abs().max()))
+    return [("one batch: beside the reference at 10x = replay", found - scope.replay(probes), scale)]
+
+
+def _large(scope: "LinearScope", made: torch.Generator) -> dict[str, Tensor]:
+    """A probe for each block, of ten times its norm."""
+    noises = {name: _noise(block.value, made) for name, block in scope.blocks.items()}
+    return {name: 10 * noise * scope.blocks[name].value.norm() / noise.norm() for name, noise in noises.items()}
 
 
 def _adjoint_gap(scope: "LinearScope", made: torch.Generator) -> tuple[str, Tensor, float]:

@@ -76,6 +76,10 @@ class UnsupportedOpError(LinearizationError, NotImplementedError):
     """A call on a live value that no rule explains."""
 
 
+class MixedBatchError(UnsupportedOpError):
+    """A network that mixes the items of a batch, where one batch holds the reference and its probes."""
+
+
 class BilinearOpError(LinearizationError):
     """A product of two live factors without a rule for which one is held."""
 

@@ -8,11 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.hooks.errors import ArgumentError, InputError, SizeError
+from interp.hooks.budget import Chunk, Chunked, bytes_of
+from interp.hooks.errors import ArgumentError, InputError, LinearizationError, SizeError
 from interp.hooks.linearization import Linearization
 from interp.hooks.spectra import SVD, Eigen, eig, svd
-
-_DENSE_BYTES = 2 << 30
 
 
 class LinearMap:
@@ -27,6 +26,14 @@ class LinearMap:
         out_shape: Shape of one output.
         like: A tensor whose dtype and device the operator has.
         linearization: What is held.
+        chunk: How many probes are pushed or pulled at once; ``auto`` times one by one against a few at once, the first
+            time that there are enough, and keeps the faster. It changes a result by rounding only.
+        budget: Memory that a chunk may take, in bytes or as a text such as ``"2GiB"``.
+        push_bytes: Memory that one pushed probe takes; by default its input and its output.
+        pull_bytes: Memory that one pulled direction takes.
+
+    Raises:
+        SizeError: If the budget is too small for one probe.
 
     Example:
         >>> A = torch.arange(6.0).reshape(2, 3)
@@ -43,11 +50,19 @@ class LinearMap:
         out_shape: Sequence[int],
         like: Tensor,
         linearization: Linearization | None = None,
+        *,
+        chunk: Chunk = "auto",
+        budget: int | str = "2GiB",
+        push_bytes: int | None = None,
+        pull_bytes: int | None = None,
     ):
-        self._push, self._pull = push, pull
         self.in_shape, self.out_shape = tuple(in_shape), tuple(out_shape)
         self.dtype, self.device = like.dtype, like.device
-        self.linearization = linearization
+        self.linearization, self.budget = linearization, bytes_of(budget)
+        self._item = torch.empty((), dtype=self.dtype).element_size()
+        least = (math.prod(self.in_shape) + math.prod(self.out_shape)) * self._item
+        self._push = Chunked(push, push_bytes or least, self.budget, chunk, "matvec")
+        self._pull = Chunked(pull, pull_bytes or least, self.budget, chunk, "rmatvec")
 
     def matvec(self, v: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Return F v for one input v (shape ``in_shape``), or for each of n probes [n, *in_shape].
@@ -69,26 +84,29 @@ class LinearMap:
         out = self._pull(probes)
         return out[0] if single else out
 
-    def rows(self, indices: Any, chunk: int = 32) -> Float[Tensor, "n ..."]:
+    def rows(self, indices: Any, chunk: Chunk | None = None) -> Float[Tensor, "n ..."]:
         """Return rows F[k, :] (receptive filters), [n, *in_shape]; an index is a tuple into ``out_shape``, or flat."""
         return self._basis(indices, self.out_shape, self._pull, chunk)
 
-    def columns(self, indices: Any, chunk: int = 32) -> Float[Tensor, "n ..."]:
+    def columns(self, indices: Any, chunk: Chunk | None = None) -> Float[Tensor, "n ..."]:
         """Return columns F[:, j] (impulse responses), [n, *out_shape]; an index is a tuple or flat, as for `rows`."""
         return self._basis(indices, self.in_shape, self._push, chunk)
 
-    def dense(self, max_bytes: int = _DENSE_BYTES) -> Float[Tensor, "out in"]:
+    def dense(self, max_bytes: int | str | None = None) -> Float[Tensor, "out in"]:
         """Return F as a matrix [numel of output, numel of input].
 
+        Args:
+            max_bytes: The largest matrix that is made; by default the budget.
+
         Raises:
-            SizeError: If it would be larger than ``max_bytes``.
+            SizeError: If it would be larger.
         """
         rows, columns = math.prod(self.out_shape), math.prod(self.in_shape)
-        size = rows * columns * torch.empty((), dtype=self.dtype).element_size()
-        if size > max_bytes:
+        size, most = rows * columns * self._item, self.budget if max_bytes is None else bytes_of(max_bytes)
+        if size > most:
             raise SizeError(
                 f"a {rows} x {columns} matrix of {size:,} bytes",
-                f"at most {max_bytes:,}",
+                f"at most {most:,}",
                 "use rows, columns, matvec, or raise max_bytes",
             )
         if columns < rows:
@@ -96,21 +114,44 @@ class LinearMap:
         return self.rows(range(rows)).reshape(rows, columns)
 
     def to_scipy(self):
-        """Return the operator as a SciPy LinearOperator on flat vectors (float64 outside, the map's dtype inside)."""
+        """Return the operator as a SciPy LinearOperator: float64 outside, the map's dtype inside.
+
+        Vectors are flat, [size], and several stand side by side, [size, n]. The adjoint is checked once, here.
+
+        Raises:
+            LinearizationError: If <F v, w> and <v, Fᵀ w> differ by more than the dtype's rounding.
+        """
         import numpy as np
         from scipy.sparse.linalg import LinearOperator
 
+        self._check_adjoint()
+
         def apply(call, shape):
-            def flat(v):
-                probe = torch.as_tensor(np.asarray(v).reshape(1, *shape), dtype=self.dtype, device=self.device)
-                return call(probe).reshape(-1).double().cpu().numpy()
+            def side_by_side(v):
+                probes = torch.as_tensor(np.ascontiguousarray(v.T), dtype=self.dtype, device=self.device)
+                return call(probes.reshape(-1, *shape)).reshape(len(probes), -1).double().cpu().numpy().T
 
-            return flat
+            return side_by_side, lambda v: side_by_side(np.asarray(v).reshape(-1, 1))[:, 0]
 
-        rows, columns = math.prod(self.out_shape), math.prod(self.in_shape)
-        push, pull = apply(self._push, self.in_shape), apply(self._pull, self.out_shape)
+        size = math.prod(self.out_shape), math.prod(self.in_shape)
+        (matmat, matvec), (rmatmat, rmatvec) = apply(self._push, self.in_shape), apply(self._pull, self.out_shape)
         # Called with functions, LinearOperator makes an operator of another class; its stub knows only the first form.
-        return LinearOperator((rows, columns), matvec=push, rmatvec=pull, dtype=np.float64)  # pyright: ignore
+        calls = {"matvec": matvec, "rmatvec": rmatvec, "matmat": matmat, "rmatmat": rmatmat}
+        return LinearOperator(size, dtype=np.float64, **calls)  # pyright: ignore
+
+    def _check_adjoint(self) -> None:
+        made = torch.Generator().manual_seed(0)
+        shapes = self.in_shape, self.out_shape
+        v, w = (torch.randn(1, *shape, generator=made).to(self.device, self.dtype) for shape in shapes)
+        pushed, pulled = self._push(v).double(), self._pull(w).double()
+        gap = float(((pushed * w.double()).sum() - (v.double() * pulled).sum()).abs())
+        # Not finer in float64: networks that compute norms in float32 have no finer adjoint.
+        allowed = min(max(100 * torch.finfo(self.dtype).eps, 1e-6), 2e-2) * float(pushed.norm() * w.double().norm())
+        if not gap <= allowed:
+            raise LinearizationError(
+                f"<F v, w> and <v, Fᵀ w> differ by {gap:.1e}", f"at most {allowed:.1e} in {self.dtype}",
+                "matvec and rmatvec are not of one matrix: scope.check() says more; compute in float64",
+            )  # fmt: skip
 
     def svd(self, k: int = 6, **options) -> SVD:
         """Return the k largest singular triplets with their residuals; options as for `interp.hooks.spectra.svd`.
@@ -136,16 +177,17 @@ class LinearMap:
             return v, False
         raise InputError(f"{what} of a tensor {list(v.shape)}", f"{list(shape)}, or [n, {', '.join(map(str, shape))}]")
 
-    def _basis(self, indices: Any, shape: tuple[int, ...], call: Callable[[Tensor], Tensor], chunk: int) -> Tensor:
+    def _basis(self, indices: Any, shape: tuple[int, ...], call: Chunked, chunk: Chunk | None) -> Tensor:
         flat = torch.tensor([_flat_index(i, shape) for i in indices], device=self.device)
         if len(flat) == 0:
             raise ArgumentError("no indices", "at least one")
-        parts = []
-        for some in flat.split(chunk):
-            probes = torch.zeros(len(some), math.prod(shape), dtype=self.dtype, device=self.device)
-            probes.scatter_(1, some[:, None], 1.0)
-            parts.append(call(probes.reshape(len(some), *shape)))
-        return torch.cat(parts)
+
+        def probes(some: slice) -> Tensor:
+            at = flat[some]
+            made = torch.zeros(len(at), math.prod(shape), dtype=self.dtype, device=self.device)
+            return made.scatter_(1, at[:, None], 1.0).reshape(len(at), *shape)
+
+        return call.over(len(flat), probes, chunk)
 
 
 def _flat_index(index: Any, shape: tuple[int, ...]) -> int:

@@ -12,19 +12,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.hooks import guards
-from interp.hooks.checks import check
-from interp.hooks.errors import ArgumentError, CompletenessError, InputError, NonFiniteError
+from interp.hooks.budget import Chunk, bytes_of
+from interp.hooks.checks import check, refuse_incomplete
+from interp.hooks.errors import CompletenessError, InputError, NonFiniteError
 from interp.hooks.examples import each_example
-from interp.hooks.frozen import FrozenNetwork, Select, untouched
+from interp.hooks.frozen import FrozenNetwork
 from interp.hooks.held_units import unit_table
 from interp.hooks.linear_map import LinearMap
 from interp.hooks.linearization import Linearization, LinearizationLike
-from interp.hooks.model import Model, main_tensor
+from interp.hooks.model import Model
+from interp.hooks.one_batch import Together, in_chunks
 from interp.hooks.origins import origin_of
+from interp.hooks.outputs import output_of
 from interp.hooks.pictures import filter_at, white_impulses
-from interp.hooks.session import Read
-from interp.hooks.site import Site, SiteLike
+from interp.hooks.precision import HALF, compute_dtype_of, tolerance_of
+from interp.hooks.site import SiteLike
 from interp.hooks.stability import CELL, NOISE, Stability, stability
 from interp.hooks.table import Table
 from interp.hooks.targets import Targets
@@ -32,7 +34,6 @@ from interp.hooks.token_blocks import TokenBlocks, token_blocks
 from interp.hooks.votes import BiasReport, Votes, report_biases
 from interp.hooks.windows import WindowLike, restricted
 
-_HALF_TOLERANCE = 2e-2
 _OUTLIER = 5
 
 
@@ -61,6 +62,12 @@ class LinearScope(LinearMap):
         origin: Origin o of the input space for votes: y = F (x - o) + (r + F o). Zero by default; ``"mean"``: the mean
             colour of the picture, or the mean embedding of the text; ``"black"``, ``"grey"``: pictures of that colour
             as the model's preprocessing gives them; or a tensor.
+        chunk: How many probes are computed at once, or ``auto``; see `LinearMap`.
+        budget: Memory that a chunk may take, in bytes or as ``"2GiB"``, beside the reference's own graph.
+        compute_dtype: dtype of F, r and votes: ``torch.float32`` or ``torch.float64``; by default the model's own, and
+            float32 for a model in half precision. Decisions are the model's in its own dtype: F x + r equals y to that
+            one's rounding, while F is linear to that of ``compute_dtype``. Where the two differ, the scope keeps a
+            copy of the weights in ``compute_dtype`` as long as it lives.
 
     Attributes:
         y: Output of the network itself, with its batch axis.
@@ -72,6 +79,7 @@ class LinearScope(LinearMap):
     Raises:
         LinearizationError: If a call cannot be linearised; the message names module and call.
         InputError: If there is not exactly one example.
+        SizeError: If the budget is too small for one probe.
 
     Example:
         >>> import interp, torch
@@ -89,27 +97,34 @@ class LinearScope(LinearMap):
         *,
         output: SiteLike | Callable[[Any], Tensor] | None = None,
         origin: Tensor | str | None = None,
+        chunk: Chunk = "auto",
+        budget: int | str = "2GiB",
+        compute_dtype: torch.dtype | None = None,
     ):
-        self.model = model
+        self.model, budget = model, bytes_of(budget)
         self.batch = model.batch(x)
         if self.batch.size != 1:
             raise InputError(f"{self.batch.size} examples", "one reference input", "LinearScope.each makes one of each")
         held = Linearization.of(linearization)
-        select, self.y = self._output(output, held)
+        select, self.y = output_of(model, self.batch, output, held)
         # Recorded first: where a unit gives NaN, the tape names it.
-        self.network = FrozenNetwork(model, self.batch, held, select)
+        dtype = compute_dtype_of(model, self.y.dtype, compute_dtype)
+        self.network = FrozenNetwork(model, self.batch, held, select, compute_dtype=dtype)
         if not torch.isfinite(self.y).all():
             raise NonFiniteError("the network's output holds NaN or infinity", "finite output at the reference")
         values = self.network.values
-        self.blocks = {name: Block(name, value, self._block_map(name)) for name, value in values.items()}
+        self.Fx = self.network.push(values)
+        limits = {"chunk": chunk, "budget": budget}
+        self.blocks = {name: Block(name, value, self._block_map(name, limits)) for name, value in values.items()}
         first = next(iter(self.blocks.values()))
-        super().__init__(first.map._push, first.map._pull, first.map.in_shape, first.map.out_shape, self.y, held)
+        push, pull = first.map._push, first.map._pull
+        super().__init__(push, pull, first.map.in_shape, first.map.out_shape, self.Fx, held, **limits)
+        self._push, self._pull = push, pull  # one choice of the chunk for both maps
         self.x = first.value
-        self.targets = Targets(model, self.batch, self.y)
+        self.targets = Targets(model, self.batch, self.Fx)
         self.origin, self.origin_name = origin_of(model, self.x, origin, self.batch.ids is not None)
         self.r = self.replay({name: torch.zeros_like(value) for name, value in values.items()})
-        self.Fx = self.network.push(values)
-        self._check_complete()
+        refuse_incomplete(self)
 
     @classmethod
     def each(
@@ -130,41 +145,6 @@ class LinearScope(LinearMap):
         """
         return [cls(model, one, linearization, **options) for one in each_example(model, inputs)]
 
-    def _check_complete(self) -> None:
-        if not torch.isfinite(self.Fx + self.r).all():
-            raise NonFiniteError(
-                "F x or r holds NaN or infinity",
-                "finite derivatives at the reference",
-                "a root or a norm of zero has none: choose norm='frozen', or another reference",
-            )
-        gap = float((self.Fx + self.r - self.y).abs().max())
-        size = max(float(t.abs().max()) for t in (self.Fx, self.r, self.y))
-        if not gap <= self.worst_tolerance * max(size, 1e-30):
-            worst, unit = max(self.network.unit_gaps(), default=(0.0, ""))
-            culprit = f"; {unit} is not affine, by {worst:.1e}" if worst > self.worst_tolerance else ""
-            raise CompletenessError(
-                f"F x + r differs from the output by {gap:.1e} (of {size:.1e}){culprit}",
-                f"a relative difference below {self.worst_tolerance:.0e}",
-                "a part of this network is not what the tape saw: scope a smaller part of it with output=",
-            )
-
-    @torch.no_grad()
-    def _output(self, output: SiteLike | Callable[[Any], Tensor] | None, held: Linearization) -> tuple[Select, Tensor]:
-        """How the output is picked, and its value in a plain run, which draws what the recording will draw."""
-        if not isinstance(output, (str, Site)):
-            select = output or main_tensor
-            if held.keeps_training:
-                guards.refuse_compiled(self.model.module)
-                with untouched(self.model.module):
-                    return select, select(self.model.module(*self.batch.args, **self.batch.kwargs))
-            return select, select(self.model.forward(self.batch))
-        found = self.model.resolve(output)
-        if len(found) != 1:
-            raise ArgumentError(f"output={str(output)!r} selects {len(found)} sites", "one")
-        site, binding = found[0]
-        where = self.model.where(self.batch, binding, site.positions)
-        return Read(site, binding, where), self.model.capture(self.batch, site)[site]
-
     def replay(self, blocks: dict[str, Float[Tensor, "n ..."]]) -> Float[Tensor, "n ..."]:
         """Return F v + r by running the network's own code on other inputs with the recorded decisions held.
 
@@ -176,12 +156,32 @@ class LinearScope(LinearMap):
         """
         return self.network.replay(blocks)
 
-    def _block_map(self, name: str) -> LinearMap:
+    def run_together(self, probes: Float[Tensor, "..."] | dict[str, Float[Tensor, "n ..."]]) -> Together:
+        """Return y and F v + r from one pass over the batch [reference; probes], with nothing recorded beforehand.
+
+        Args:
+            probes: Values of the first input block [n, *in_shape], other blocks zero; or of each block by its name.
+
+        Raises:
+            MixedBatchError: If the network mixes the items of a batch, or loses the batch axis before a unit.
+
+        Example:
+            >>> import interp
+            >>> scope = LinearScope(interp.attach(torch.nn.Linear(3, 2)), torch.ones(1, 3))
+            >>> torch.allclose(scope.run_together(torch.zeros(4, 3)).probes, scope.r.expand(4, 2))
+            True
+        """
+        if not isinstance(probes, dict):
+            probes = {next(iter(self.blocks)): self._probes(probes, self.in_shape, "run_together")[0]}
+        return in_chunks(self.network.together, probes, self.y, self.tolerance, self._push.most)
+
+    def _block_map(self, name: str, limits: dict[str, Any]) -> LinearMap:
         value, network = self.network.values[name], self.network
         return LinearMap(
             push=lambda v: network.push({name: v}),
             pull=lambda w: network.pull(name, w),
-            in_shape=value.shape[1:], out_shape=self.y.shape[1:], like=self.y, linearization=network.held,
+            in_shape=value.shape[1:], out_shape=self.y.shape[1:], like=self.Fx, linearization=network.held,
+            push_bytes=network.push_bytes, pull_bytes=network.pull_bytes, **limits,
         )  # fmt: skip
 
     # Reading ---------------------------------------------------------------------------------------------------------
@@ -234,14 +234,17 @@ class LinearScope(LinearMap):
     @property
     def tolerance(self) -> float:
         """Relative error of completeness that the output's dtype allows."""
-        if self.y.dtype == torch.float64 and self.model.config is not None:
-            return 1e-6  # Hugging Face computes norms and softmax in float32 even in a float64 model.
-        return min(100 * torch.finfo(self.y.dtype).eps, _HALF_TOLERANCE)
+        return tolerance_of(self.y.dtype, self.model)
 
     @property
     def worst_tolerance(self) -> float:
         """As `tolerance`, for the single worst output rather than a sum: rounding of half precision is not averaged."""
-        return self.tolerance * (_OUTLIER if self.y.dtype in (torch.bfloat16, torch.float16) else 1)
+        return self.tolerance * (_OUTLIER if self.y.dtype in HALF else 1)
+
+    @property
+    def map_tolerance(self) -> float:
+        """Relative error of linearity and adjoint that the dtype of F allows."""
+        return tolerance_of(self.dtype, self.model)
 
     def direction(self, target: Any, position: int = -1) -> Float[Tensor, "..."]:
         """Return the unit vector over outputs (without batch axis) that a target names.

@@ -119,7 +119,7 @@ def stability(
     found: list[tuple[float, ...]] = []
     for _ in range(samples):
         values = {name: _noisy(value, noise, noise_std, made) for name, value in network.values.items()}
-        moved = FrozenNetwork(scope.model, scope.batch, network.held, network.select, values)
+        moved = FrozenNetwork(scope.model, scope.batch, network.held, network.select, values, network.dtype)
         other = moved.pull(block, w[None])[0]
         their = scope.reduce(other * (values[block] - scope.origin)[0])
         cells = [pool(v, cell) if here.ndim == 4 else v for v in (votes, their)]

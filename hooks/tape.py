@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from interp.hooks import calls
+from interp.hooks.budget import Meter
 from interp.hooks.choices import Choices
 from interp.hooks.composites import COMPOSITES
 from interp.hooks.errors import ControlFlowDivergedError, ControlFlowError, UnsupportedOpError
@@ -157,6 +158,10 @@ class Tape(TorchFunctionMode):
             needs no gradients and keeps no activations; live values are marked instead.
         constants: A list that an affine replay fills with each call's constant.
         gaps: A list that an affine replay fills with how far each call is from affine, and the call.
+
+    Attributes:
+        graphless: Whether to run without gradients and mark live values instead: less memory, nothing to differentiate.
+        meter: Counts the memory of live results, where given.
     """
 
     def __init__(
@@ -170,6 +175,8 @@ class Tape(TorchFunctionMode):
     ):
         super().__init__()
         self.homogeneous, self.constants, self.gaps = homogeneous, constants, gaps
+        self.graphless = homogeneous
+        self.meter: Meter | None = None
         self.linearization, self.choices = linearization, Choices(linearization)
         self.replaying = entries is not None
         self.entries: list[Entry] = entries if entries is not None else []
@@ -228,7 +235,7 @@ class Tape(TorchFunctionMode):
 
             stack.callback(module_hooks.register_module_forward_pre_hook(before).remove)
             stack.callback(module_hooks.register_module_forward_hook(after, always_call=True).remove)
-            stack.enter_context(torch.set_grad_enabled(not self.homogeneous))
+            stack.enter_context(torch.set_grad_enabled(not self.graphless))
             stack.enter_context(seen(self))
             if not self.replaying:
                 stack.enter_context(_Unseen(self))
@@ -263,7 +270,7 @@ class Tape(TorchFunctionMode):
         refuse_autocast(call)
         if name in calls.CONTROL_FLOW or calls.raw_name(func) in calls.CONTROL_FLOW:
             raise ControlFlowError(f"{call} reads a live value", "control flow that does not depend on the input")
-        if name in calls.DETACHING or not (torch.is_grad_enabled() or self.homogeneous):
+        if name in calls.DETACHING or not (torch.is_grad_enabled() or self.graphless):
             raise UnsupportedOpError(
                 f"{call} cuts a live value off",
                 "a forward that keeps it",
@@ -288,7 +295,7 @@ class Tape(TorchFunctionMode):
             self._inside.pop()
 
     def _apply(self, rule: Callable[["Tape", Call], Any], call: Call) -> Any:
-        value = None if self.replaying else value_at_reference(call)
+        value = self._own_value(call)
         pending = [t for t in call.live if PENDING in Tags.of([t])]
         added = self.at_multiple(rule, call, 0.0) if self.constants is not None and not pending else None
         if self.gaps is not None and not pending and (gap := affine_gap(self, rule, call)) is not None:
@@ -299,13 +306,19 @@ class Tape(TorchFunctionMode):
         unheld = [t for t in pending if not any(t is h for h in call.held)]
         if unheld:
             Tags.put(out, Tags.of(calls.tensors(out)) | {PENDING: Tags.of(unheld)[PENDING]})
-        if self.homogeneous and not call.is_constant:
+        if self.graphless and not call.is_constant:
             calls.mark_live(call.args[0] if out is None else out)
             if calls.in_place(call.func, call.kwargs) and call.args and call.args[0]._base is not None:
                 calls.mark_live(call.args[0]._base)
+        if self.meter is not None:
+            self.meter.see(out)
         if added is not None and not call.is_constant:
             self._note(added, call, out)
         return out
+
+    def _own_value(self, call: Call) -> list[Tensor] | None:
+        """What the network itself makes of a call, with which a recorded result must agree; None while replaying."""
+        return None if self.replaying else value_at_reference(call)
 
     @staticmethod
     def is_pending(value: Tensor) -> bool:

@@ -134,6 +134,8 @@ def restricted(
         pull=lambda w: into.take(operator.rmatvec(shift(out.embed(w)))),
         in_shape=into.shape, out_shape=out.shape,
         like=torch.empty((), dtype=operator.dtype, device=operator.device), linearization=operator.linearization,
+        chunk=operator._push.chunk, budget=operator.budget, push_bytes=operator._push.bytes_each,
+        pull_bytes=operator._pull.bytes_each,
     )  # fmt: skip
 
 
