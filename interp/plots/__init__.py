@@ -49,7 +49,8 @@ def chart(result: Any, **options: Any) -> "altair.TopLevelMixin":
             ``cell`` (pixels), ``percentile``, ``size``. LinearScope: ``figure`` ("parts", "impulse", "receptive",
             "strip", "outputs", "votes"), ``at``, ``along``, ``radius``, ``top``, ``cell``, ``size``. BiasReport:
             ``figure`` ("bars", "maps"), ``depth``, ``linear``, ``count``, ``columns``, ``size``. SVD: ``figure``
-            ("values", "pairs"), ``count``, ``expected``, ``size``. TokenBlocks: ``scale``, ``percentile``, ``size``.
+            ("values", "pairs"), ``count``, ``expected``, ``size``. TokenBlocks: ``of``
+            ("norms", "contributions"), ``scale``, ``percentile``, ``size``.
             PatchGrid: ``show`` ("normalised", "effect", "value"). Table: ``top``. All: ``title``.
 
     Raises:

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from interp.hooks.errors import ArgumentError
 from interp.hooks.linear_scope import LinearScope
+from interp.hooks.windows import pool
 from interp.output_parts import output_parts
 from interp.plots.parts import parts_chart
 from interp.plots.pictures import Panel, blank, colours, picture_grid, picture_lines, signed
 from interp.plots.style import Sets, finish, legible
 from interp.plots.style import signed as said
-from interp.plots.votes import pool, robust_limit
+from interp.plots.votes import robust_limit
 
 _PERCENTILE = 99.0
 

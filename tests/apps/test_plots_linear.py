@@ -15,12 +15,13 @@ from interp.hooks.linear_scope import LinearScope
 from interp.hooks.spectra import SVD
 from interp.hooks.token_blocks import TokenBlocks
 from interp.hooks.votes import BiasReport
+from interp.hooks.windows import pool
 from interp.output_parts import output_parts
 from interp.plots import can_draw, chart
 from interp.plots.biases import bias_maps, bias_rows
 from interp.plots.linear import impulse_response, receptive_filter
 from interp.plots.pictures import Panel, colours, picture_grid, signed
-from interp.plots.votes import pool, robust_limit
+from interp.plots.votes import robust_limit
 
 
 class Enlarger(nn.Module):
@@ -296,14 +297,16 @@ def test_the_mean_of_a_map_of_constants_is_what_the_module_contributes():
 
 def token_blocks(n: int = 4, **options) -> TokenBlocks:
     norms = (torch.arange(n * n).reshape(n, n) + 1.0).double().tril()
-    return TokenBlocks(norms, None, list(range(n)), [" a", "\n", " a", "</script>"][:n] if n == 4 else None)
+    tokens = [" a", "\n", " a", "</script>"] if n == 4 else None
+    return TokenBlocks(norms, None, list(range(n)), tokens, 2 * norms)
 
 
 def test_blocks_are_drawn_where_they_are_not_zero():
     drawn = chart(token_blocks()).to_dict()
     rows = drawn["datasets"]["blocks"]
     assert len(rows) == 10
-    assert rows[-1]["norm"] == 16.0
+    assert rows[-1]["value"] == 16.0
+    assert chart(token_blocks(), of="contributions").to_dict()["datasets"]["blocks"][-1]["value"] == 32.0
     colour = drawn["layer"][0]["encoding"]["color"]["scale"]
     assert colour["type"] == "log"
     assert colour["domain"][0] == 5.0, "the first token's own block does not count"
@@ -312,10 +315,12 @@ def test_blocks_are_drawn_where_they_are_not_zero():
 
 
 def test_blocks_without_norms_with_errors_and_too_many():
-    assert compiled(chart(TokenBlocks(torch.zeros(2, 2).double(), None, [0, 1], None)))["marks"]
-    estimated = TokenBlocks(torch.ones(2, 2).double(), torch.full((2, 2), 0.1).double(), [2, 5], [*"abcdef"][:2] * 3)
+    assert compiled(chart(TokenBlocks(torch.zeros(2, 2).double(), None, [0, 1], None, torch.zeros(2, 2))))["marks"]
+    norms, errors = torch.ones(2, 6).double(), torch.full((2, 6), 0.1).double()
+    estimated = TokenBlocks(norms, errors, [2, 5], [*"abcdef"], norms)
     assert chart(estimated).to_dict()["datasets"]["blocks"][0]["error"] == pytest.approx(0.1)
     with pytest.raises(ArgumentError, match=r"65 x 65 blocks; needed: at most 4,096; give token_blocks fewer"):
         chart(token_blocks(65))
-    with pytest.raises(ArgumentError, match="scale='square'"):
-        chart(token_blocks(), scale="square")
+    for option, value in {"scale": "square", "of": "norm"}.items():
+        with pytest.raises(ArgumentError, match=f"{option}='{value}'"):
+            chart(token_blocks(), **{option: value})
