@@ -17,6 +17,8 @@ def svd_chart(
 ) -> Any:
     """``values``: singular values, those not converged orange; ``pairs``: the first v (input) above u (output).
 
+    Of windows only these are shown.
+
     Args:
         svd: Of a map between pictures, for pairs.
         figure: ``values`` or ``pairs``.
@@ -35,9 +37,17 @@ def svd_chart(
     if svd.u.ndim != 4 or svd.v.ndim != 4:
         raise ArgumentError(f"pairs of vectors {list(svd.v.shape[1:])}", "pictures [channel, height, width]")
     count = min(count, len(svd.s))
-    panels = [Panel(f"v{i + 1}   (σ = {float(svd.s[i]):.2f})", _vector(svd.v[i])) for i in range(count)]
-    panels += [Panel(f"u{i + 1}", _vector(svd.u[i])) for i in range(count)]
+    inputs, outputs = _trimmed(svd.v[:count]), _trimmed(svd.u[:count])
+    panels = [Panel(f"v{i + 1}   (σ = {float(svd.s[i]):.2f})", _vector(inputs[i])) for i in range(count)]
+    panels += [Panel(f"u{i + 1}", _vector(outputs[i])) for i in range(count)]
     return picture_grid(panels, columns=count, size=size, title=title)
+
+
+def _trimmed(vectors: Tensor) -> Tensor:
+    """Vectors [k, channel, height, width] without the margin where all are zero: what is around a window."""
+    held = (vectors != 0).any(0).any(0)
+    (rows,), (columns,) = (held.any(axis).nonzero(as_tuple=True) for axis in (1, 0))
+    return vectors[..., rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] if len(rows) else vectors
 
 
 def _vector(vector: Tensor) -> np.ndarray:

@@ -21,7 +21,9 @@ def blocks_chart(
     size: int = _WIDE,
     title: str = "",
 ) -> Any:
-    """Heat map of ‖F_ts‖, or of ‖F_ts E_s‖, what a token's own embedding contributes; blocks that are exactly zero, those ahead of the position, stay white.
+    """Heat map of ‖F_ts‖, or of ‖F_ts E_s‖, what a token's own embedding contributes.
+
+    Blocks that are exactly zero, those ahead of the position, stay white.
 
     The first token's own block is often larger than all others by orders of magnitude, so that it does not count for
     the colours. Where cells are large enough, norms are written into them.
