@@ -198,7 +198,8 @@ def _receptive(scope: LinearScope, at: Any, radius: int, size: int, title: str) 
 def _class_votes(scope: LinearScope, top: int, cell: int, size: int, title: str) -> Any:
     """Votes summed in cells, above rows of F summed over channels: each line on one scale, the margin at its end."""
     found = scope.y[0].topk(min(top, scope.y.shape[1])).indices.tolist()
-    pairs: list[tuple[int, int | None]] = [(k, None) for k in found] + [(found[0], found[1])] * (len(found) > 1)
+    margin = [(found[0], found[1])] if len(found) > 1 else []
+    pairs: list[tuple[int, int | None]] = [*((k, None) for k in found), *margin]
     votes = [scope.votes(k, margin_to=other) for k, other in pairs]
     cells = [pool(v.map, cell).float() for v in votes]
     one = lambda k: scope.direction(k)

@@ -60,7 +60,8 @@ def blocks_chart(
     base = alt.Chart(sets.add("blocks", _rows(values, errors, keys, (low * high) ** 0.5))).encode(
         x=alt.X(**encode("from")), y=alt.Y(**encode("to")), tooltip=tooltip
     )
-    colour = alt.Scale(scheme="blues", domain=[low if scale == "log" else 0.0, high], type=scale, clamp=True)
+    ends = [low if scale == "log" else 0.0, high]
+    colour = alt.Scale(scheme="blues", domain=ends, type="log" if scale == "log" else "linear", clamp=True)
     said = "norm of the block" if of == "norms" else "what the token contributes (norm)"
     legend = alt.Legend(
         title=said + (" (estimated)" if errors is not None else ""), orient="top", direction="horizontal",
