@@ -396,10 +396,11 @@ facts["(Not in the paper:) a language model."] = (
 
 # %% [markdown]
 # What does the Jacobian miss? Differentiate one thing at a time and hold the rest as `gate` does. With norms
-# differentiated, two thirds of the logit go into r: the output hardly depends on the scale of what enters a norm, so that
-# the gradient of its divisor cancels most of what the votes would carry. Patterns and gated products, differentiated,
-# are counted once for each of their factors: votes grow to many times the logit, and r takes them back. (The activation
-# stands in the gate, which is held.) In the Jacobian all of this adds up to votes that say little about the logit.
+# differentiated, two thirds of the logit go into r: the output hardly depends on the scale of what enters a norm, so
+# that the gradient of its divisor cancels most of what the votes would carry. Patterns and gated products,
+# differentiated, are counted once for each of their factors: votes grow to many times the logit, and r takes them back.
+# (The activation stands in the gate, which is held.) In the Jacobian all of this adds up to votes that say little about
+# the logit.
 
 # %%
 rows = []
