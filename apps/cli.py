@@ -4,7 +4,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,13 +18,14 @@ class _Group(TyperGroup):
     """A group whose commands end with a message and a code, not with a traceback, when the user can do something."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; 2 for what the user can mend, 130 for an interrupt."""
+        """Run a command; 2 for what is refused, 1 for a run that failed under way, 130 for an interrupt."""
         with _short_warnings():
             try:
                 return super().invoke(ctx)
             except InterpError as error:
-                _complain(error.given or str(error), error.needed, error.do)
-                raise typer.Exit(2) from error
+                notes = getattr(error, "__notes__", [])
+                _complain(error.given or str(error), error.needed, error.do, *notes)
+                raise typer.Exit(1 if notes else 2) from error
             except KeyboardInterrupt as error:
                 typer.echo("interrupted", err=True)
                 raise typer.Exit(130) from error
@@ -41,11 +42,13 @@ def main() -> None:
     app(prog_name="interp")
 
 
-def _complain(given: str, needed: str = "", do: str = "") -> None:
+def _complain(given: str, needed: str = "", do: str = "", *notes: str) -> None:
     typer.secho(f"error: {given}", err=True, fg="red", bold=True)
     for label, text in (("needed", needed), ("to do", do)):
         if text:
             typer.echo(f"  {label + ':':8}{text}", err=True)
+    for note in notes:
+        typer.echo(f"  {note}", err=True)
 
 
 @contextmanager
@@ -176,10 +179,7 @@ def demo(
         run = run_demo(spec, out, step)
         said = f"run: {run.path}"
         if report:
-            from interp.apps.report import write_report
-
-            step("writing the report")
-            said = f"report: {write_report(run)}"
+            said = f"report: {_report(run, step)}"
     _print(run.load("completeness"))
     typer.echo(f"\n{said}")
 
@@ -199,6 +199,44 @@ def _spec(prompt: str | None, target: str | None, foil: str | None, others: dict
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ArgumentError(f"--{where.replace('_', '-')} {first['input']!r}", first["msg"]) from error
+
+
+@app.command()
+def run(
+    spec: Annotated[Path, typer.Argument(help="A YAML file: kind: linear_scope or demo, and that kind's fields.")],
+    out: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
+    report: Annotated[bool, _REPORT] = True,
+    quiet: Annotated[bool, _QUIET] = False,
+) -> None:
+    """Compute what a specification says, into a new run with its results, figures and report."""
+    from interp.specs import kind_of, read_spec
+
+    wanted = read_spec(spec)
+    from interp.runs import Run
+
+    _quieten()
+    with _progress(quiet) as step:
+        work = wanted.prepare(step)
+        made = Run.create(out, kind_of(wanted), wanted.model_dump(mode="json"))
+        try:
+            with made.working(step) as working:
+                work(made, working)
+        except Exception:
+            if report:  # Of what was finished; that it cannot be written must not hide why the run failed.
+                with suppress(InterpError):
+                    typer.echo(f"report: {_report(made, step)}", err=True)
+            raise
+        said = f"report: {_report(made, step)}" if report else f"run: {made.path}"
+    if "completeness" in made.names:
+        _print(made.load("completeness"))
+    typer.echo(f"\n{said}")
+
+
+def _report(made: Any, step: Callable[[str], None]) -> Path:
+    from interp.apps.report import write_report
+
+    step("writing the report")
+    return write_report(made)
 
 
 @app.command()
@@ -253,7 +291,8 @@ def show(run: Annotated[Path, typer.Argument(help="A run's folder, or its name i
 
     there = run if run.exists() or not (Path("runs") / run).exists() else Path("runs") / run
     found = Run.open(there)
-    typer.echo(f"{found.path.name}: {found.state}\n\nspecification:")
+    failure = "".join(f"\n  {key}: {value}" for key, value in found.failure.items())
+    typer.echo(f"{found.path.name}: {found.state}{failure}\n\nspecification:")
     typer.echo(json.dumps(found.spec, indent=2, ensure_ascii=False))
     typer.echo("\nmodels:")
     for role, model in found.provenance.get("models", {}).items():
@@ -262,6 +301,8 @@ def show(run: Annotated[Path, typer.Argument(help="A run's folder, or its name i
     typer.echo("\nresults:")
     for name in found.names:
         typer.echo(f"  {name}: {_summary(found.load(name))}")
+    for name in found.figures:
+        typer.echo(f"  figure {name}: {found.path / 'figures' / name}.png")
     report = found.path / "report.html"
     if report.is_file():
         typer.echo(f"\nreport: {report}")

@@ -89,8 +89,15 @@ def render(run: Run) -> str:
 
 
 def sections(run: Run) -> list[Section]:
-    """A run's results, grouped by what they are about: ``prompt-1-lens`` belongs to ``prompt-1``."""
+    """A run's figures, by section; of a run without any, its results: ``prompt-1-lens`` belongs to ``prompt-1``."""
     found: dict[str, Section] = {}
+    if run.figures:
+        for name in run.figures:
+            held = run.figure(name)
+            section = found.setdefault(held["section"], _input_section(run, held["section"]))
+            words = Caption(held["title"], held["sees"], held["silent"])
+            section.figures.append(Figure(name, words, held["spec"], held["wide"]))
+        return list(found.values())
     for name in sorted(run.names, key=_order):
         result = run.load(name)
         if not _drawable(result):
@@ -117,6 +124,23 @@ def _drawable(result: Any) -> bool:
     return can_draw(result) and not (isinstance(result, Table) and "probability" not in result.columns)
 
 
+def _input_section(run: Run, group: str) -> Section:
+    """The heading of ``input-2``: its text, or its picture and the largest class."""
+    number = int(group.rpartition("-")[2])
+    given = run.spec["inputs"][number - 1]
+    if given["text"] is not None:
+        return Section(group, "prompt", given["text"])
+    section = Section(group, "picture", _file_name(given["image"]), picture=_data(run, group))
+    if f"{group}-outputs" in run.names:
+        first = run.load(f"{group}-outputs")[0]
+        section.target = legible(str(first["class"])) if "class" in first else ""
+    return section
+
+
+def _data(run: Run, picture: str) -> str:
+    return f"data:image/png;base64,{base64.b64encode(run.picture(picture)).decode()}"
+
+
 def _section(run: Run, group: str) -> Section:
     number = re.fullmatch(r"prompt-(\d+)", group)
     prompts = run.spec.get("prompts", [])
@@ -124,10 +148,7 @@ def _section(run: Run, group: str) -> Section:
         return Section(group, "prompt", prompts[int(number[1]) - 1]["prompt"])
     picture = run.path / "results" / f"{group}.png"
     if picture.is_file():
-        data = base64.b64encode(run.picture(group)).decode()
-        return Section(
-            group, "picture", _file_name(str(run.spec.get("image", group))), picture=f"data:image/png;base64,{data}"
-        )
+        return Section(group, "picture", _file_name(str(run.spec.get("image", group))), picture=_data(run, group))
     return Section(group, "other", group)
 
 

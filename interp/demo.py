@@ -4,12 +4,12 @@ On a prompt: next tokens, logit lens, attribution to heads and MLPs, token votes
 Every decomposition is checked to sum to the network's own output.
 """
 
-from collections.abc import Callable
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from interp.attribution import Attribution, direct_attribution
 from interp.hooks.attach import load
@@ -21,25 +21,24 @@ from interp.hooks.text import token_id
 from interp.hooks.votes import Votes
 from interp.lens import logit_lens
 from interp.observables import Observable
-from interp.runs import Run
+from interp.runs import Progress, Run
+from interp.scope_specs import open_picture
+from interp.specs import Fields, Spec, Work, execute
 
-Progress = Callable[[str], None]
 _TOP = 10
 
 
-class PromptSpec(BaseModel):
+class PromptSpec(Fields):
     """One prompt with the tokens that are compared. An empty foil is the runner-up of the target."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     prompt: str = Field(min_length=1)
     target: str = ""
     foil: str = ""
 
 
-class DemoSpec(BaseModel):
+class DemoSpec(Spec):
     """What the demo computes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     model: str = "smollm2-135m"
     prompts: tuple[PromptSpec, ...] = (
         PromptSpec(prompt="When Mary and John went to the store, John gave a drink to", target=" Mary", foil=" John"),
@@ -47,6 +46,19 @@ class DemoSpec(BaseModel):
     )
     image_model: str = "efficientnet-lite0"
     image: str = "sample:china.jpg"
+
+    def prepare(self, progress: Progress) -> Work:
+        """Load both models, and check prompts, tokens and the picture.
+
+        Raises:
+            InterpError: If a model, token or image is not what it should be.
+        """
+        progress(f"loading {self.model}")
+        language = load(self.model)
+        _check_tokens(language, self)
+        progress(f"loading {self.image_model}")
+        vision = load(self.image_model)
+        return functools.partial(_compute, self, language, vision, _pixels(vision, self.image))
 
 
 def run_demo(spec: DemoSpec, root: str | Path, progress: Progress = lambda _: None) -> Run:
@@ -58,26 +70,19 @@ def run_demo(spec: DemoSpec, root: str | Path, progress: Progress = lambda _: No
     Raises:
         InterpError: If a model, token or image is not what it should be.
     """
-    progress(f"loading {spec.model}")
-    language = load(spec.model)
-    _check_tokens(language, spec)
-    progress(f"loading {spec.image_model}")
-    vision = load(spec.image_model)
-    pixels = _pixels(vision, spec.image)
-    run = Run.create(root, "demo", spec.model_dump())
-    try:
-        run.record_model("language", language)
-        run.record_model("vision", vision)
-        rows = []
-        for number, prompt in enumerate(spec.prompts, start=1):
-            rows += _prompt(run, language, prompt, f"prompt-{number}", progress)
-        rows += _image(run, vision, pixels, progress)
-        run.save("completeness", Table(rows, "every decomposition against the network's own output"))
-    except BaseException:
-        run.status("failed")
-        raise
-    run.status("finished")
-    return run
+    return execute(spec, root, progress)
+
+
+def _compute(
+    spec: DemoSpec, language: Model, vision: Model, pixels: torch.Tensor, run: Run, progress: Progress
+) -> None:
+    run.record_model("language", language)
+    run.record_model("vision", vision)
+    rows = []
+    for number, prompt in enumerate(spec.prompts, start=1):
+        rows += _prompt(run, language, prompt, f"prompt-{number}", progress)
+    rows += _image(run, vision, pixels, progress)
+    run.save("completeness", Table(rows, "every decomposition against the network's own output"))
 
 
 def _check_tokens(model: Model, spec: DemoSpec) -> None:
@@ -94,14 +99,7 @@ def _check_tokens(model: Model, spec: DemoSpec) -> None:
 def _pixels(model: Model, image: str) -> torch.Tensor:
     if model.preprocess is None or model.labels is None:
         raise ArgumentError(f"image model {model.identity.get('name', '')!r}", "an image classifier with class names")
-    if image.startswith("sample:"):
-        from sklearn.datasets import load_sample_image
-
-        try:
-            return model.preprocess(load_sample_image(image.removeprefix("sample:")))
-        except (AttributeError, ValueError) as error:
-            raise ArgumentError(f"image {image!r}", "sample:china.jpg, sample:flower.jpg or a file") from error
-    return model.preprocess(image)
+    return model.preprocess(open_picture(image))
 
 
 def _prompt(run: Run, model: Model, spec: PromptSpec, name: str, progress: Progress) -> list[dict[str, Any]]:

@@ -9,7 +9,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 from interp.hooks.errors import RunError
 from interp.hooks.model import Model
 from interp.saving import load_result, save_result, write_atomically
+
+Progress = Callable[[str], None]
 
 FORMAT = 1
 _VERSIONS = ("interp", "torch", "transformers", "safetensors", "numpy")
@@ -92,8 +95,7 @@ class Run:
     @property
     def names(self) -> list[str]:
         """Names of the finished results, in order of writing."""
-        files = sorted((self.path / "results").glob("*.json"), key=lambda f: (f.stat().st_mtime_ns, f.name))
-        return [f.stem for f in files]
+        return _in_order(self.path / "results")
 
     def save(self, name: str, result: Any) -> None:
         """Write a result.
@@ -101,8 +103,7 @@ class Run:
         Raises:
             RunError: If the name is not a plain file name, or the type cannot be saved.
         """
-        if not name or Path(name).name != name or name.startswith("."):
-            raise RunError(f"result name {name!r}", "a plain file name")
+        _plain_name(name, "result")
         save_result(result, self.path / "results" / name)
 
     def load(self, name: str) -> Any:
@@ -132,6 +133,51 @@ class Run:
         except OSError as error:
             raise RunError(f"picture {name!r} in {self.path.name}", "a picture of this run") from error
 
+    def save_figure(
+        self, name: str, figure: Any, *, section: str, title: str, sees: str, silent: str, wide: bool = False
+    ) -> None:
+        """Write a figure as Vega-Lite with its words, and as PNG, into ``figures/``.
+
+        For what is drawn of a live model, which a result cannot hold.
+
+        Args:
+            name: A plain file name.
+            figure: An Altair chart.
+            section: Name of what it is about, under which a report groups it.
+            title: What is drawn.
+            sees: What one sees.
+            silent: What it does not show.
+            wide: Whether it needs the whole width of a page.
+
+        Raises:
+            RunError: If the name is not a plain file name.
+        """
+        import vl_convert
+
+        _plain_name(name, "figure")
+        folder = self.path / "figures"
+        folder.mkdir(exist_ok=True)
+        spec = figure.to_dict()
+        words = {"section": section, "title": title, "sees": sees, "silent": silent, "wide": wide}
+        write_atomically(folder / f"{name}.png", vl_convert.vegalite_to_png(spec, scale=1.5))
+        text = json.dumps({**words, "spec": spec}, ensure_ascii=False, allow_nan=False)
+        write_atomically(folder / f"{name}.json", text.encode())
+
+    @property
+    def figures(self) -> list[str]:
+        """Names of the written figures, in order of writing."""
+        return _in_order(self.path / "figures")
+
+    def figure(self, name: str) -> dict[str, Any]:
+        """Read a figure: its section, words and Vega-Lite specification.
+
+        Raises:
+            RunError: If there is no such figure.
+        """
+        if name not in self.figures:
+            raise RunError(f"figure {name!r} in {self.path.name}", f"one of {', '.join(self.figures)}")
+        return json.loads((self.path / "figures" / f"{name}.json").read_text())
+
     def record_model(self, role: str, model: Model) -> None:
         """Write down which model played a role: its identity, class, configuration hash, dtype, device."""
         config = model.config
@@ -151,21 +197,68 @@ class Run:
         with open(self.path / "log.txt", "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {line}\n")
 
-    def status(self, state: str) -> None:
-        """Write the run's state: running, finished or failed."""
-        self._write("status.json", {"state": state})
-        self.log(state)
+    def status(self, state: str, **more: str) -> None:
+        """Write the run's state: running, finished or failed; with the step and the error, where it failed."""
+        self._write("status.json", {"state": state, **more})
+        self.log(" ".join([state, *(f"{key}: {value}" for key, value in more.items())]))
+
+    @contextmanager
+    def working(self, progress: Progress = lambda _: None) -> Iterator[Progress]:
+        """Give a function that says and logs each step; end as finished, or as failed with the step and the error.
+
+        What was finished before an error stays. The error goes on, with a note that names the run and the step.
+
+        Example:
+            >>> import tempfile
+            >>> run = Run.create(tempfile.mkdtemp(), "demo", {})
+            >>> with run.working() as step:
+            ...     step("votes")
+            >>> run.state
+            'finished'
+        """
+        steps = ["start"]
+
+        def step(name: str) -> None:
+            steps.append(name)
+            self.log(name)
+            progress(name)
+
+        try:
+            yield step
+        except BaseException as error:
+            self.status("failed", step=steps[-1], error=f"{type(error).__name__}: {error}")
+            error.add_note(f"run {self.path} failed at: {steps[-1]}; what was finished is kept")
+            raise
+        self.status("finished")
+
+    @property
+    def failure(self) -> dict[str, str]:
+        """Step and error of a run that failed; else empty."""
+        return {key: value for key, value in self._status().items() if key != "state"}
 
     @property
     def state(self) -> str:
         """The run's state."""
-        return json.loads((self.path / "status.json").read_text())["state"]
+        return self._status()["state"]
+
+    def _status(self) -> dict[str, str]:
+        return json.loads((self.path / "status.json").read_text())
 
     def _write(self, name: str, data: Any) -> None:
         write_atomically(self.path / name, json.dumps(data, indent=1, ensure_ascii=False).encode())
 
     def __repr__(self) -> str:
         return f"Run({self.path.name}, {self.state}, {len(self.names)} results)"
+
+
+def _plain_name(name: str, what: str) -> None:
+    if not name or Path(name).name != name or name.startswith("."):
+        raise RunError(f"{what} name {name!r}", "a plain file name")
+
+
+def _in_order(folder: Path) -> list[str]:
+    """Names of the JSON files of a folder, in order of writing."""
+    return [f.stem for f in sorted(folder.glob("*.json"), key=lambda f: (f.stat().st_mtime_ns, f.name))]
 
 
 def _claim(root: Path, stem: str) -> Path:

@@ -95,6 +95,9 @@ assert report.completeness_error < 1e-6
 picture = classifier.preprocess.undo(photographs[name])
 figures["votes"] = interp.chart(scope.votes(first), picture=picture, title=f"votes for {first}")
 figures["bias"] = interp.chart(report, linear=votes.total, title=f"{first} against {second}: constants by module")
+figures["bias_maps"] = interp.chart(report, figure="maps", title="where constants act")
+figures["outputs"] = interp.chart(scope, figure="outputs", title="centred logits of the largest classes")
+figures["classes"] = interp.chart(scope, figure="votes", title="votes and rows of three classes")
 figures["row"] = interp.chart(scope, at=first, size=224)
 
 # %% [markdown]
@@ -358,7 +361,7 @@ modes = {
     "split": interp.Linearization(activation="gain", norm="frozen", attention="frozen", product="split"),
     "gradient x input": "exact",
 }
-rows, by_token, lost = [], {}, {}
+rows, by_token, by_logit = [], {}, {}
 for mode, linearization in modes.items():
     scope = interp.LinearScope(language, prompt, linearization)
     logit, margin = scope.votes(" Mary"), scope.votes(" Mary", margin_to=" John")
@@ -366,24 +369,69 @@ for mode, linearization in modes.items():
         assert votes.completeness_error < 1e-4
         parts = {"votes": votes.total, "r": votes.residual, "share of r": votes.bias_share}
         rows.append({"mode": mode, "of": kind, **parts})
-    by_token[mode], lost[mode] = margin, logit.bias_share
+    by_token[mode], by_logit[mode] = margin, logit
     if mode != "gradient x input":
         assert float(scope.r.abs().max()) == 0.0
 print(interp.Table(rows, "' Mary', and ' Mary' - ' John'"))
 tokens = by_token["gate"].labels
-print(interp.Table([{"token": t, **{m: float(v.map[i]) for m, v in by_token.items()}} for i, t in enumerate(tokens)]))
+for of, found in {"' Mary'": by_logit, "' Mary' - ' John'": by_token}.items():
+    votes = [{"token": t, **{m: float(v.map[i]) for m, v in found.items()}} for i, t in enumerate(tokens)]
+    print(interp.Table(votes, f"votes for {of}"))
 
 mary = tokens.index(" Mary")
 voted = {mode: float(votes.map[mary]) for mode, votes in by_token.items()}
 assert all(int(by_token[mode].map.argmax()) == mary for mode in ("gate", "split"))
-assert lost["gradient x input"] > 0.8
+lost = by_logit["gradient x input"].bias_share
+assert lost > 0.8
 assert int(by_token["gradient x input"].map.argmax()) != mary
 figures["tokens"] = interp.chart(by_token["gate"], title="votes of tokens, gate")
+figures["tokens_logit"] = interp.chart(by_logit["gate"], title="votes for the logit itself, gate")
+figures["tokens_split"] = interp.chart(by_token["split"], title="votes of tokens, split")
+figures["tokens_jacobian"] = interp.chart(by_token["gradient x input"], title="gradient x input")
 facts["(Not in the paper:) a language model."] = (
     f"r = 0 exactly under gate and split; ␣Mary votes {voted['gate']:+.2f} and {voted['split']:+.2f} for the margin of "
-    f"{by_token['gate'].value:.2f}. Under gradient x input r is {lost['gradient x input']:.0%} of the logit, and the "
+    f"{by_token['gate'].value:.2f}. Under gradient x input r is {lost:.0%} of the logit, and the "
     f"same token votes {voted['gradient x input']:+.2f}."
 )
+
+# %% [markdown]
+# What does the Jacobian miss? Differentiate one thing at a time and hold the rest as `gate` does. With norms
+# differentiated, two thirds of the logit go into r: the output hardly depends on the scale of what enters a norm, so
+# that the gradient of its divisor cancels most of what the votes would carry. Patterns and gated products,
+# differentiated, are counted once for each of their factors: votes grow to many times the logit, and r takes them back.
+# (The activation stands in the gate, which is held.) In the Jacobian all of this adds up to votes that say little about
+# the logit.
+
+# %%
+rows = []
+for field in ("norm", "attention", "activation", "product"):
+    held = {"activation": "gain", "norm": "frozen", "attention": "frozen", "product": "gate"} | {field: "tangent"}
+    votes = interp.LinearScope(language, prompt, interp.Linearization(**held)).votes(" Mary")
+    rows.append({"differentiated": field, "votes": votes.total, "r": votes.residual, "share of r": votes.bias_share})
+print(interp.Table(rows, "' Mary' with one thing differentiated, the rest held"))
+assert rows[0]["share of r"] > 0.5
+assert all(row["r"] < 0 for row in rows if row["differentiated"] in ("attention", "product"))
+
+# %% [markdown]
+# F from embeddings to a residual stream is made of blocks F[t, s]: from the token s to the position t. Their norms say
+# how much an embedding could move the stream; their products with the tokens' own embeddings, what these tokens do. To
+# the middle of the network, from 16 random probes for each position. Blocks ahead of a position are exactly zero. The
+# first token's own block is larger than all others by two orders of magnitude: it is an attention sink, and what it
+# holds is the same for most prompts. So look at margins beside logits, and at the other tokens' blocks.
+
+# %%
+middle = interp.LinearScope(language, prompt, modes["gate"], output="blocks.14.hook_resid_post")
+blocks = middle.token_blocks(probes=16)
+assert blocks.norms.triu(1).abs().max() == 0
+sink, others = float(blocks.norms[0, 0]), blocks.norms[1:]
+after, to = others[-1].argsort(descending=True)[:4].tolist(), tokens[-1]
+print(f"block of the first token {sink:.0f}; the largest other {float(others.max()):.0f}")
+print(f"what {to!r} reads most, by norm: {[tokens[s] for s in after]}")
+own = blocks.contributions[-1].argsort(descending=True)[:4].tolist()
+print(f"what {to!r} gets most, by contribution: {[tokens[s] for s in own]}")
+assert sink > 10 * float(others.max())
+figures["blocks"] = interp.chart(blocks, title="norms of blocks, up to block 14")
+figures["blocks_contributions"] = interp.chart(blocks, of="contributions", title="what tokens contribute")
 
 # %% [markdown]
 # ## What the paper says, and what we measure

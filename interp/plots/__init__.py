@@ -20,8 +20,9 @@ _DRAWN_BY = {
     "Attribution": ("interp.plots.components", "attribution_chart"),
     "Votes": ("interp.plots.votes", "votes_chart"),
     "LinearScope": ("interp.plots.linear", "scope_chart"),
-    "BiasReport": ("interp.plots.linear", "bias_chart"),
-    "SVD": ("interp.plots.linear", "svd_chart"),
+    "BiasReport": ("interp.plots.biases", "bias_chart"),
+    "SVD": ("interp.plots.spectra", "svd_chart"),
+    "TokenBlocks": ("interp.plots.token_blocks", "blocks_chart"),
     "PatchGrid": ("interp.plots.patching", "patch_chart"),
     "Table": ("interp.plots.bars", "table_chart"),
 }
@@ -41,14 +42,16 @@ def chart(result: Any, **options: Any) -> "altair.TopLevelMixin":
     """Return the figure of a result.
 
     Args:
-        result: A LogitLens, an Attribution, Votes, a LinearScope of an image network, a BiasReport, an SVD, a
-            PatchGrid, or a Table of tokens or classes with their probabilities.
+        result: A LogitLens, an Attribution, Votes, a LinearScope, a BiasReport, an SVD, TokenBlocks, a PatchGrid,
+            or a Table of tokens or classes with their probabilities, or with F x, r and their sum.
         options: Of the figure. LogitLens: ``colour`` ("probability" or "entropy"), ``figure`` ("both", "heat",
             "ranks"), ``position``. Attribution: ``top``. Votes of an image: ``picture`` (PNG bytes or a PIL image),
             ``cell`` (pixels), ``percentile``, ``size``. LinearScope: ``figure`` ("parts", "impulse", "receptive",
-            "strip"), ``at``, ``along``, ``radius``, ``size``. BiasReport: ``depth``, ``linear``. SVD: ``figure``
-            ("values", "pairs"), ``count``, ``expected``, ``size``. PatchGrid: ``show`` ("normalised", "effect",
-            "value"). Table: ``top``. All: ``title``.
+            "strip", "outputs", "votes"), ``at``, ``along``, ``radius``, ``top``, ``cell``, ``size``. BiasReport:
+            ``figure`` ("bars", "maps"), ``depth``, ``linear``, ``count``, ``columns``, ``size``. SVD: ``figure``
+            ("values", "pairs"), ``count``, ``expected``, ``size``. TokenBlocks: ``of``
+            ("norms", "contributions"), ``scale``, ``percentile``, ``size``.
+            PatchGrid: ``show`` ("normalised", "effect", "value"). Table: ``top``. All: ``title``.
 
     Raises:
         ArgumentError: If there is no figure for this type, or an option is not the figure's.

@@ -4,19 +4,22 @@ from typing import Any
 
 from interp.hooks.errors import ArgumentError
 from interp.hooks.table import Table
+from interp.plots.parts import parts_chart
 from interp.plots.style import INK, LABEL, POSITIVE, Sets, finish, ordered, visible
 
 _NAMES = ("token", "class")
 
 
 def table_chart(table: Table, *, top: int = 10, title: str = "", width: int = 280) -> Any:
-    """Horizontal bars of probabilities, most likely first.
+    """Horizontal bars of probabilities, most likely first; of F x, r and their sum where the table holds these.
 
     Raises:
         ArgumentError: If the table has no token or class column, or no probabilities.
     """
     import altair as alt
 
+    if {"F x", "r", "sum"} <= set(table.columns):
+        return parts_chart(table, top=max(top, 12), title=title)
     name = next((n for n in _NAMES if n in table.columns), None)
     if name is None or "probability" not in table.columns or not len(table):
         raise ArgumentError(

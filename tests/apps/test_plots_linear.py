@@ -13,16 +13,15 @@ from interp.hooks.attach import attach
 from interp.hooks.errors import ArgumentError
 from interp.hooks.linear_scope import LinearScope
 from interp.hooks.spectra import SVD
+from interp.hooks.token_blocks import TokenBlocks
+from interp.hooks.votes import BiasReport
+from interp.hooks.windows import pool
+from interp.output_parts import output_parts
 from interp.plots import can_draw, chart
-from interp.plots.linear import (
-    Panel,
-    bias_rows,
-    colours,
-    impulse_response,
-    picture_grid,
-    receptive_filter,
-    signed,
-)
+from interp.plots.biases import bias_maps, bias_rows
+from interp.plots.linear import impulse_response, receptive_filter
+from interp.plots.pictures import Panel, colours, picture_grid, signed
+from interp.plots.votes import robust_limit
 
 
 class Enlarger(nn.Module):
@@ -74,6 +73,9 @@ FIGURES = {
     "strip": lambda: chart(scope(), figure="strip", along=[(3, 1), (3, 2), (3, 3)], radius=2),
     "values": lambda: chart(scope().svd(4), expected=2.0), "pairs": lambda: chart(scope().svd(4), figure="pairs"),
     "pairs of one channel": lambda: chart(scope(out=1, channels=1).svd(3), figure="pairs", count=2),
+    "outputs": lambda: chart(scope(classes=4)), "votes of classes": lambda: chart(scope(classes=4), figure="votes"),
+    "maps of constants": lambda: chart(scope(classes=4).bias_report(1), figure="maps"),
+    "token blocks": lambda: chart(token_blocks()),
     "bias": lambda: chart(scope(classes=4).bias_report(1), linear=0.5),
 }  # fmt: skip
 
@@ -229,3 +231,96 @@ def test_what_is_no_picture_is_refused():
         chart(held.svd(2), figure="pairs")
     with pytest.raises(ArgumentError, match="depth 0"):
         chart(held.bias_report(0), depth=0)
+
+
+# Classes, maps of constants, token blocks
+
+
+def test_outputs_are_drawn_as_f_x_and_r_that_sum():
+    held = scope(classes=4)
+    table = output_parts(held, top=2, centred=False)
+    rows = chart(table).to_dict()["datasets"]["parts"]
+    assert {row["name"] for row in rows} == {held.model.labels[r["index"]] for r in table}
+    for row in table:
+        assert row["F x"] == pytest.approx(float(held.Fx[0, row["index"]]), abs=1e-6)
+        assert row["sum"] == pytest.approx(float(held.y[0, row["index"]]), abs=1e-6)
+        assert row["F x"] + row["r"] == pytest.approx(row["sum"], abs=1e-5)
+    marked = {row["part"]: row["name"] for row in rows if row["largest"]}
+    assert marked["sum"] == held.model.labels[int(held.y.argmax())]
+    assert marked["r"] == held.model.labels[int(held.r.argmax())]
+
+
+def test_parts_of_outputs_follow_the_origin_and_may_be_centred():
+    held = scope(classes=4)
+    moved = LinearScope(held.model, held.x, origin=torch.full((1, 3, 1, 1), 0.5))
+    plain, other = (
+        {r["index"]: r for r in output_parts(s, top=4, centred=c)} for s, c in ((held, False), (moved, True))
+    )
+    shift = held.matvec(torch.full(held.in_shape, 0.5))
+    mean = float((held.r[0] + shift).mean())
+    for k, row in other.items():
+        assert row["r"] == pytest.approx(plain[k]["r"] + float(shift[k]) - mean, abs=1e-5)
+    assert sum(row["sum"] for row in other.values()) == pytest.approx(0, abs=1e-5)
+    with pytest.raises(ArgumentError, match="the 0 largest"):
+        output_parts(held, top=0)
+    with pytest.raises(ArgumentError, match="classes, or tokens"):
+        output_parts(scope())
+
+
+def test_votes_of_classes_share_one_scale():
+    held = scope(classes=4)
+    drawn = chart(held, figure="votes", top=2, cell=2)
+    best = held.y[0].topk(2).indices.tolist()
+    cells = [pool(held.votes(k, margin_to=o).map, 2) for k, o in ((best[0], None), (best[1], None), tuple(best))]
+    limit = robust_limit(torch.stack(cells).float())
+    for n, each in enumerate(cells, start=1):
+        shown = pixels(drawn, n)
+        factor = shown.shape[0] // each.shape[0]
+        assert (shown[factor // 2 :: factor, factor // 2 :: factor] == signed(each.float(), limit)).all()
+
+
+def test_the_mean_of_a_map_of_constants_is_what_the_module_contributes():
+    report = scope(classes=4).bias_report(1)
+    values = {row["module"]: row["value"] for row in report.by_module()}
+    maps = bias_maps(report)
+    assert set(maps) == set(values) - {"head"}
+    for module, each in maps.items():
+        assert 100 * float(each.mean()) == pytest.approx(values[module], rel=1e-4)
+    weakest = min(maps, key=lambda name: float(maps[name].abs().mean()))
+    shown = [title[0] for title in titles(chart(report, figure="maps", count=2))]
+    assert shown == [name for name in maps if name != weakest], "in the order in which they run"
+    with pytest.raises(ArgumentError, match="figure='map'"):
+        chart(report, figure="map")
+    with pytest.raises(ArgumentError, match="whose constants have pixels"):
+        chart(BiasReport(["a"], ["linear"], torch.ones(1).double(), [torch.tensor(1.0)], 1.0, "x"), figure="maps")
+
+
+def token_blocks(n: int = 4, **options) -> TokenBlocks:
+    norms = (torch.arange(n * n).reshape(n, n) + 1.0).double().tril()
+    tokens = [" a", "\n", " a", "</script>"] if n == 4 else None
+    return TokenBlocks(norms, None, list(range(n)), tokens, 2 * norms)
+
+
+def test_blocks_are_drawn_where_they_are_not_zero():
+    drawn = chart(token_blocks()).to_dict()
+    rows = drawn["datasets"]["blocks"]
+    assert len(rows) == 10
+    assert rows[-1]["value"] == 16.0
+    assert chart(token_blocks(), of="contributions").to_dict()["datasets"]["blocks"][-1]["value"] == 32.0
+    colour = drawn["layer"][0]["encoding"]["color"]["scale"]
+    assert colour["type"] == "log"
+    assert colour["domain"][0] == 5.0, "the first token's own block does not count"
+    assert 15.9 < colour["domain"][1] <= 16.0
+    assert chart(token_blocks(), scale="linear").to_dict()["layer"][0]["encoding"]["color"]["scale"]["domain"][0] == 0
+
+
+def test_blocks_without_norms_with_errors_and_too_many():
+    assert compiled(chart(TokenBlocks(torch.zeros(2, 2).double(), None, [0, 1], None, torch.zeros(2, 2))))["marks"]
+    norms, errors = torch.ones(2, 6).double(), torch.full((2, 6), 0.1).double()
+    estimated = TokenBlocks(norms, errors, [2, 5], [*"abcdef"], norms)
+    assert chart(estimated).to_dict()["datasets"]["blocks"][0]["error"] == pytest.approx(0.1)
+    with pytest.raises(ArgumentError, match=r"65 x 65 blocks; needed: at most 4,096; give token_blocks fewer"):
+        chart(token_blocks(65))
+    for option, value in {"scale": "square", "of": "norm"}.items():
+        with pytest.raises(ArgumentError, match=f"{option}='{value}'"):
+            chart(token_blocks(), **{option: value})
