@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
+    "interp.probes.adapters": ["BranchPoint", "PSRPAdapter", "train_adapter"],
     "interp.probes.attention": ["AttentionProbe"],
     "interp.probes.bilinear": ["BilinearProbe"],
     "interp.probes.contrast": ["CCSProbe"],
@@ -20,6 +21,7 @@ _HOME = {
 _NAMES = {name: home for home, names in _HOME.items() for name in names}
 
 if TYPE_CHECKING:
+    from interp.probes.adapters import BranchPoint, PSRPAdapter, train_adapter
     from interp.probes.attention import AttentionProbe
     from interp.probes.bilinear import BilinearProbe
     from interp.probes.contrast import CCSProbe
@@ -34,9 +36,9 @@ if TYPE_CHECKING:
     from interp.probes.tokens import FirstTokenWarning, TokenSets
 
 __all__ = [
-    "AttentionProbe", "BilinearProbe", "CCSProbe", "FirstTokenWarning", "KNNProbe", "LDAProbe", "LogisticProbe",
-    "MLPProbe", "MassMeanProbe", "MomentFeatures", "MomentHead", "MomentProbe", "RidgeProbe",
-    "TokenSets", "fit_sites", "load_probe", "save_probe",
+    "AttentionProbe", "BilinearProbe", "BranchPoint", "CCSProbe", "FirstTokenWarning", "KNNProbe", "LDAProbe",
+    "LogisticProbe", "MLPProbe", "MassMeanProbe", "MomentFeatures", "MomentHead", "MomentProbe", "PSRPAdapter",
+    "RidgeProbe", "TokenSets", "fit_sites", "load_probe", "save_probe", "train_adapter",
 ]  # fmt: skip
 
 

@@ -281,7 +281,7 @@ class LDAProbe(LinearProbe):
         skip_first: As in `LogisticProbe`.
 
     Example:
-        >>> X = torch.tensor([[0.0, 1.0], [0.0, 3.0], [2.0, 1.0], [2.0, 3.5]])
+        >>> X = torch.tensor([[0.0], [1.0], [3.0], [4.0]])
         >>> LDAProbe().fit(X, [0, 0, 1, 1]).predict(X).tolist()
         [0, 0, 1, 1]
     """

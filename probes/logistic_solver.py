@@ -80,7 +80,7 @@ def solve_logistic(
         >>> y = torch.tensor([0, 1, 1, 0])
         >>> found = solve_logistic(z, y, 2, torch.ones(4, 1).double(), torch.tensor([1.0]).double())
         >>> bool(found.converged.all()), round(float(found.weights), 2)
-        (True, 1.06)
+        (True, 0.94)
     """
     if not bool((penalties > 0).all()) or not bool((weights.sum(0) > 0).all()):
         raise ArgumentError("a penalty or a column's weight that is not positive", "penalties and weights above 0")

@@ -1,5 +1,6 @@
 """The moment head against its formulas written out in numpy, example by example."""
 
+import itertools
 import math
 
 import numpy as np
@@ -67,8 +68,10 @@ def by_hand(made, x, pairing, centre, norm, first, conv=True):
         z = z - z.mean(1, keepdims=True)
     elif centre == "scalar":
         z = z - z.mean((1, 2), keepdims=True)
-    index = {"near": [(0, 1), (1, 2), (2, 3)], "first": [(0, 1), (0, 2), (0, 3)], "halves": [(0, 2), (1, 3)],
-             "all": [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], "self": [(k, k) for k in range(4)]}[pairing]  # fmt: skip
+    index = {
+        "near": [(0, 1), (1, 2), (2, 3)], "first": [(0, 1), (0, 2), (0, 3)], "halves": [(0, 2), (1, 3)],
+        "all": [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], "self": [(0, 0), (1, 1), (2, 2), (3, 3)],
+    }[pairing]  # fmt: skip
     maps = np.stack([z[j].T @ z[k] / len(tokens) for j, k in index])
     if norm == "column_l2":
         maps = maps / np.maximum(np.sqrt((maps**2).sum(1, keepdims=True)), 1e-6)
@@ -168,7 +171,8 @@ def test_parameter_counts(width, classes, count):
 
 @pytest.mark.parametrize(("options", "inputs"), [
     ({}, 2883), ({"pairing": "all"}, 6 * 31**2), ({"hidden": 128}, 3 * 7**2), ({"hidden": 28}, 3),
-    ({"hidden": 64, "heads": 8}, 7), ({"hidden": 12, "conv": False}, 27), ({"pairing": "self", "norm": "isqrt"}, 4 * 31**2),
+    ({"hidden": 64, "heads": 8}, 7), ({"hidden": 12, "conv": False}, 27),
+    ({"pairing": "self", "norm": "isqrt"}, 4 * 31**2),
 ])  # fmt: skip
 def test_inputs_of_the_second_classifier(options, inputs):
     made = MomentHead(WIDTH, 2, **options)
@@ -205,7 +209,7 @@ class ReleasedTransformerHead(nn.Module):
 
     def second(self, z):
         z = [part - part.mean((1, 2), keepdim=True) for part in z]
-        maps = torch.stack([a.mT @ b / a.shape[1] for a, b in zip(z, z[1:], strict=False)], 1)
+        maps = torch.stack([a.mT @ b / a.shape[1] for a, b in itertools.pairwise(z)], 1)
         return self.classifier2(self.downblocks[0](nn.functional.normalize(maps, dim=2)).flatten(1))
 
 
