@@ -5,7 +5,6 @@ head trained together with these modules is what the paper calls MP+. Such a res
 representation holds, so no class here is an estimator and none can stand in a sweep over probes.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from interp.hooks.errors import ArgumentError, ModelStateError, UnknownFamilyError
 from interp.hooks.layouts import Layout, child, recognise
 from interp.hooks.weights import linear_weight
+from interp.probes.training import adamw, warmup_cosine
 
 
 @dataclass(frozen=True)
@@ -261,16 +261,11 @@ def train_adapter(
         ArgumentError: If there are no batches.
     """
     parameters = [*adapter.parameters(), *head.parameters()]
-    matrices, others = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}], lr=lr
-    )
+    optimizer = adamw(parameters, lr, weight_decay)
     steps = epochs * sum(1 for _ in batches())
     if not steps:
         raise ArgumentError(f"{epochs} epochs without batches", "at least one batch and one epoch")
-    rising = max(1, round(warmup * steps))
-    rate = lambda s: (s + 1) / rising if s < rising else 0.5 + 0.5 * math.cos(math.pi * (s - rising) / (steps - rising))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(steps, warmup))
     losses = []
     for _ in range(epochs):
         total, count = 0.0, 0

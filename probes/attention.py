@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from interp.hooks.errors import ArgumentError
 from interp.probes.estimator import SkipFirst
-from interp.probes.trained import TrainedTokenProbe
+from interp.probes.trained import Start, TrainedTokenProbe
 
 
 class AttentionHead(nn.Module):
@@ -34,8 +34,17 @@ class AttentionHead(nn.Module):
         self, features: Float[Tensor, "batch T d"], mask: Bool[Tensor, "batch T"]
     ) -> Float[Tensor, "batch classes"]:
         """Logits."""
-        pooled = self.weights(features, mask) @ features.masked_fill(~mask[..., None], 0)
-        return self.classifier(pooled.flatten(1))
+        return self.classifier(self.pooled(features, mask))
+
+    def pooled(self, features: Float[Tensor, "batch T d"], mask: Bool[Tensor, "batch T"]) -> Float[Tensor, "batch k"]:
+        """The averages of all queries, one after the other."""
+        return (self.weights(features, mask) @ features.masked_fill(~mask[..., None], 0)).flatten(1)
+
+    @torch.no_grad()
+    def start_at(self, weight: Float[Tensor, "classes k"], bias: Float[Tensor, "classes"]) -> None:
+        """Let the head be this linear probe of the averages."""
+        self.classifier.weight.copy_(weight)
+        self.classifier.bias.copy_(bias)
 
 
 class AttentionProbe(TrainedTokenProbe):
@@ -51,6 +60,7 @@ class AttentionProbe(TrainedTokenProbe):
         patience: Epochs without improvement after which training stops.
         class_weight: None, ``balanced`` or a dict.
         skip_first: As in `MomentProbe`.
+        start: ``linear``: from the convex linear probe of the pooled tokens; ``random``.
         random_state: A seed, or (initialisation, order, split).
 
     Example:
@@ -65,11 +75,12 @@ class AttentionProbe(TrainedTokenProbe):
     def __init__(
         self, queries: int = 1, *, epochs: int = 30, lr: float = 1e-2, weight_decay: float = 0.05,
         batch_size: int = 64, validation: float = 0.15, patience: int = 10, class_weight: Any = None,
-        skip_first: SkipFirst = "auto", random_state: Any = 0,
+        skip_first: SkipFirst = "auto", start: Start = "linear", random_state: Any = 0,
     ):  # fmt: skip
         self.queries, self.epochs, self.lr, self.weight_decay = queries, epochs, lr, weight_decay
         self.batch_size, self.validation, self.patience = batch_size, validation, patience
-        self.class_weight, self.skip_first, self.random_state = class_weight, skip_first, random_state
+        self.class_weight, self.skip_first, self.start = class_weight, skip_first, start
+        self.random_state = random_state
 
     def fit(self, X: Any, y: Any, mask: Any = None, groups: Any = None) -> "AttentionProbe":
         """Train as `MomentProbe.fit` does.

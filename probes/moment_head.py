@@ -151,6 +151,21 @@ class MomentHead(nn.Module):
         """Normalised cross-covariances, before the convolutions: axes are channels of the first and second head."""
         return self._maps(*self._clean(features, mask))
 
+    def pooled(self, features: Float[Tensor, "batch T d"], mask: Bool[Tensor, "batch T"]) -> Float[Tensor, "batch d"]:
+        """v, what the first branch is linear in."""
+        return self._first(*self._clean(features, mask))
+
+    @torch.no_grad()
+    def start_at(self, weight: Float[Tensor, "classes d"], bias: Float[Tensor, "classes"]) -> None:
+        """Let the head be this linear probe of v: the second branch gives zero until it is trained."""
+        share = 1.0
+        if self.order == 2:
+            nn.init.zeros_(self.classifier2.weight)
+            nn.init.zeros_(self.classifier2.bias)
+            share = {"mean": 0.5, "sum": 1.0, "learned": 0.5}[self.combine]
+        self.classifier1.weight.copy_(weight / share)
+        self.classifier1.bias.copy_(bias / share)
+
     def _clean(self, features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         if mask is None:
             mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)

@@ -12,7 +12,7 @@ from interp.probes.estimator import SkipFirst
 from interp.probes.moment_head import Combine, First, MapNorm, MomentHead, Pairing, head_size
 from interp.probes.moments import Centre, check_lone_tokens
 from interp.probes.tokens import TokenSets
-from interp.probes.trained import TrainedTokenProbe
+from interp.probes.trained import Start, TrainedTokenProbe
 
 FEW = 5000
 
@@ -47,6 +47,8 @@ class MomentProbe(TrainedTokenProbe):
         class_weight: None, ``balanced`` or a dict.
         skip_first: Whether the first token of each example is left out; ``auto`` where it is an attention sink, with a
             warning that says so. The choice is kept in ``skip_first_``.
+        start: ``linear``: the head begins as the convex linear probe, its second branch at zero; ``random``, as in the
+            paper. From a random start a second branch on few examples can drown what is in the mean.
         random_state: A seed, or (initialisation, order, split).
 
     Attributes:
@@ -67,13 +69,13 @@ class MomentProbe(TrainedTokenProbe):
         pairing: Pairing = "near", centre: Centre = "tokens", norm: MapNorm = "column_l2", conv: bool = True,
         first: First = "mean", combine: Combine = "mean", epochs: int = 30, lr: float = 1e-3,
         weight_decay: float = 0.05, batch_size: int = 64, validation: float = 0.15, patience: int = 10,
-        class_weight: Any = None, skip_first: SkipFirst = "auto", random_state: Any = 0,
+        class_weight: Any = None, skip_first: SkipFirst = "auto", start: Start = "linear", random_state: Any = 0,
     ):  # fmt: skip
         self.order, self.hidden, self.heads, self.pairing = order, hidden, heads, pairing
         self.centre, self.norm, self.conv, self.first, self.combine = centre, norm, conv, first, combine
         self.epochs, self.lr, self.weight_decay, self.batch_size = epochs, lr, weight_decay, batch_size
         self.validation, self.patience, self.class_weight = validation, patience, class_weight
-        self.skip_first, self.random_state = skip_first, random_state
+        self.skip_first, self.start, self.random_state = skip_first, start, random_state
 
     def fit(self, X: Any, y: Any, mask: Any = None, groups: Any = None) -> "MomentProbe":
         """Train on token sets.

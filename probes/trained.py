@@ -1,18 +1,22 @@
 """Probes that are trained by gradient: the part that they share."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from interp.hooks.errors import ArgumentError
 from interp.probes.estimator import Probe, TokenProbe, as_array, balanced, check_lengths
+from interp.probes.linear import LogisticProbe
 from interp.probes.logistic_solver import moments_of
 from interp.probes.tokens import TokenSets
-from interp.probes.training import Schedule, Seeds, seeded, train_head
+from interp.probes.training import Schedule, Seeds, seeded, train_head, validation_rows
 
 CHUNK_VALUES = 2**24
+CHUNK_ROWS = 256
+Start = Literal["linear", "random"]
 FEWEST_STEPS = 10
 FEWEST_EXAMPLES = 8
 
@@ -30,7 +34,7 @@ class TrainedProbe(Probe):
     validation: float
     patience: int
     random_state: Any
-    head_: nn.Module
+    head_: Any
 
     def _fit_head(self, data: Any, y: Any, class_weight: Any, groups: Any) -> None:
         """Train the head on token sets, or on vectors [n, d]."""
@@ -44,14 +48,19 @@ class TrainedProbe(Probe):
         scaled, device = self._scaled(data, torch.float32), tokens.device
         self.head_ = seeded(self._module, seeds.init).to(device)
         lengths = data.lengths if isinstance(data, TokenSets) else None
+        held = validation_rows(labels, schedule.validation, groups, seeds.split)
+        self._begin(scaled, labels.to(device), weights.to(device), held)
         history = train_head(
-            self.head_, lambda head, rows: head(*_batch(scaled, rows)), labels.to(device), weights.to(device),
-            schedule, seeds, groups=groups, lengths=lengths,
+            self.head_, lambda head, rows: head(*batch_of(scaled, rows)), labels.to(device), weights.to(device),
+            schedule, seeds, held=held, lengths=lengths,
         )  # fmt: skip
         self.loss_, self.validation_loss_ = np.array(history["loss"]), np.array(history["validation"])
         self.n_iter_ = len(self.loss_)
-        self.best_epoch_ = int(history["best"][0]) if history["best"] else self.n_iter_ - 1
+        self.best_epoch_ = int(history["best"][0]) if history["best"] else self.n_iter_
         self.head_ = self.head_.double().eval()
+
+    def _begin(self, data: Any, labels: Tensor, weights: Tensor, held: Tensor) -> None:
+        """Where the head starts, if not at its random weights."""
 
     def _schedule(self, n: int) -> Schedule:
         asked = Schedule(self.epochs, self.lr, self.weight_decay, self.batch_size, self.validation, self.patience)
@@ -71,7 +80,7 @@ class TrainedProbe(Probe):
         size = max(1, CHUNK_VALUES // (longest * values.shape[1] + self._values_per_example()))
         with torch.no_grad():
             for rows in torch.arange(len(inputs)).split(size):
-                found.append(head(*_batch(scaled, rows)))
+                found.append(head(*batch_of(scaled, rows)))
         logits = torch.cat(found)
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
@@ -84,8 +93,33 @@ class TrainedProbe(Probe):
 
 
 class TrainedTokenProbe(TokenProbe, TrainedProbe):
-    """A trained probe on sets of tokens."""
+    """A trained probe on sets of tokens, whose head has a linear layer on a pooled vector.
+
+    With ``start="linear"`` that layer begins at the convex solution of `LogisticProbe` on the head's first pooled
+    vector, fitted without the validation part; what else the head has begins at zero. Training then has to gain on it.
+    """
+
+    start: Start
+
+    def _begin(self, data: TokenSets, labels: Tensor, weights: Tensor, held: Tensor) -> None:
+        if self.start not in ("linear", "random"):
+            raise ArgumentError(f"start={self.start!r}", "linear or random")
+        if self.start == "random":
+            return
+        train = torch.ones(len(labels), dtype=torch.bool)
+        train[held] = False
+        rows = train.nonzero().flatten()
+        with torch.no_grad():
+            pooled = torch.cat([self.head_.pooled(*batch_of(data, part)) for part in rows.split(CHUNK_ROWS)])
+        rows = rows.to(labels.device)
+        single = int(torch.bincount(labels[rows]).max()) < 2
+        linear = LogisticProbe(1.0 if single else "cv").fit(pooled, labels[rows], sample_weight=weights[rows])
+        coef, intercept = torch.as_tensor(linear.coef_), torch.as_tensor(linear.intercept_)
+        if len(coef) == 1:
+            coef, intercept = torch.cat([-coef, coef]) / 2, torch.cat([-intercept, intercept]) / 2
+        self.head_.start_at(coef, intercept)
 
 
-def _batch(data: Any, rows: Tensor) -> tuple[Tensor, ...]:
+def batch_of(data: Any, rows: Tensor) -> tuple[Tensor, ...]:
+    """A head's arguments: padded tokens and their mask, or vectors."""
     return data.take(rows).padded() if isinstance(data, TokenSets) else (data[rows.to(data.device)],)

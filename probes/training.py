@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,10 +107,10 @@ def train_head(
     schedule: Schedule,
     seeds: Seeds,
     *,
-    groups: object = None,
+    held: Int64[Tensor, "m"],
     lengths: Tensor | None = None,
 ) -> dict[str, list[float]]:
-    """Train a head in place and leave it in evaluation mode, at its best epoch.
+    """Train a head in place and leave it in evaluation mode, at its best epoch, which may be none.
 
     Args:
         head: What is trained.
@@ -118,41 +118,38 @@ def train_head(
         labels: Class numbers.
         weights: Weight of each example.
         schedule: How it is trained.
-        seeds: Seeds of the order and the split.
-        groups: Kept on one side of the inner split.
+        seeds: Seeds, of which that of the order is used.
+        held: Rows that choose the epoch, from `validation_rows`; without any the last epoch is kept.
         lengths: Tokens of each example; batches are made of examples of like length.
 
     Returns:
-        ``loss`` of every epoch, ``validation`` where there is a validation part, and ``best``, the chosen epoch.
+        ``loss`` of every epoch; ``validation`` before the first and after every epoch, where there is a validation
+        part; and ``best``, how many epochs the chosen head was trained.
     """
-    held = validation_rows(labels, schedule.validation, groups, seeds.split)
     train = torch.ones(len(labels), dtype=torch.bool)
     train[held] = False
-    rows, steps = train.nonzero().flatten(), 0
+    rows = train.nonzero().flatten()
     weights = weights / weights[rows].mean()
     per_epoch = math.ceil(len(rows) / schedule.batch_size)
-    optimizer = _optimizer(head, schedule)
-    rate = _rate(per_epoch * schedule.epochs, schedule.warmup)
+    optimizer = adamw(head.parameters(), schedule.lr, schedule.weight_decay)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(per_epoch * schedule.epochs, schedule.warmup))
     generator = torch.Generator().manual_seed(seeds.order)
     history: dict[str, list[float]] = {"loss": [], "validation": [], "best": []}
     best, state, waited = math.inf, None, 0
-    for epoch in range(schedule.epochs):
-        head.train()
-        total = 0.0
-        for batch in _batches(rows, schedule.batch_size, lengths, generator):
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.lr * rate(steps)
-            total += _step(head, forward, batch, labels, weights, optimizer, schedule.clip)
-            steps += 1
-        history["loss"].append(total / float(weights[rows].sum()))
-        if len(held):
-            loss = validation_loss(head, forward, held, labels, weights)
-            history["validation"].append(loss)
-            waited = 0 if loss < best else waited + 1
-            if loss < best:
-                best, state, history["best"] = loss, copy.deepcopy(head.state_dict()), [float(epoch)]
-            if waited >= schedule.patience:
-                break
+    for epoch in range(schedule.epochs + 1):
+        if epoch:
+            history["loss"].append(
+                _epoch(head, forward, rows, labels, weights, schedule, optimizer, rate, lengths, generator)
+            )
+        if not len(held):
+            continue
+        loss = validation_loss(head, forward, held, labels, weights)
+        history["validation"].append(loss)
+        waited = 0 if loss < best else waited + 1
+        if loss < best:
+            best, state, history["best"] = loss, copy.deepcopy(head.state_dict()), [float(epoch)]
+        if waited >= schedule.patience:
+            break
     if state is not None:
         head.load_state_dict(state)
     head.eval()
@@ -172,13 +169,19 @@ def _loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     return (losses * weights.to(losses)).sum()
 
 
-def _step(head, forward, batch, labels, weights, optimizer, clip: float) -> float:
-    optimizer.zero_grad(set_to_none=True)
-    loss = _loss(forward(head, batch), labels[batch], weights[batch])
-    (loss / len(batch)).backward()
-    nn.utils.clip_grad_norm_(head.parameters(), clip)
-    optimizer.step()
-    return float(loss.detach())
+def _epoch(head, forward, rows, labels, weights, schedule, optimizer, rate, lengths, generator) -> float:
+    """One pass; the mean loss."""
+    head.train()
+    total = 0.0
+    for batch in _batches(rows, schedule.batch_size, lengths, generator):
+        optimizer.zero_grad(set_to_none=True)
+        loss = _loss(forward(head, batch), labels[batch], weights[batch])
+        (loss / len(batch)).backward()
+        nn.utils.clip_grad_norm_(head.parameters(), schedule.clip)
+        optimizer.step()
+        rate.step()
+        total += float(loss.detach())
+    return total / float(weights[rows].sum())
 
 
 def _batches(rows: Tensor, size: int, lengths: Tensor | None, generator: torch.Generator) -> list[Tensor]:
@@ -192,14 +195,16 @@ def _batches(rows: Tensor, size: int, lengths: Tensor | None, generator: torch.G
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def _optimizer(head: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
-    live = [p for p in head.parameters() if p.requires_grad]
+def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices alone."""
+    live = [p for p in parameters if p.requires_grad]
     matrices, others = [p for p in live if p.ndim > 1], [p for p in live if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": schedule.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=schedule.lr)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr)
 
 
-def _rate(steps: int, warmup: float) -> Callable[[int], float]:
+def warmup_cosine(steps: int, warmup: float) -> Callable[[int], float]:
+    """Factor of the learning rate at each step: a linear rise over a share of the steps, then a cosine to zero."""
     rising = max(1, round(warmup * steps))
 
     def rate(step: int) -> float:
