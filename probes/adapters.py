@@ -89,6 +89,8 @@ class PSRPAdapter(nn.Module):
         >>> adapter.remove()
     """
 
+    model: nn.Module
+
     def __init__(self, model: nn.Module, points: Sequence[BranchPoint], rank: int):
         super().__init__()
         if not isinstance(rank, int) or rank < 1:
@@ -135,7 +137,7 @@ class PSRPAdapter(nn.Module):
         if self._handles:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(self._flags[name])
-            del self.model._psrp
+            object.__delattr__(self.model, "_psrp")
         self._handles = []
         self._streams.clear()
 

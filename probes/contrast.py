@@ -9,7 +9,7 @@ from torch import Tensor
 
 from interp.hooks.errors import ArgumentError
 from interp.hooks.table import Table
-from interp.probes.directions import as_observable
+from interp.observables import Observable
 from interp.probes.estimator import Probe, as_array, check_is_fitted, check_lengths, check_width
 
 UNKNOWN = -1
@@ -178,9 +178,9 @@ class CCSProbe(Probe):
         check_is_fitted(self)
         return torch.as_tensor(self.coef_ / self.std_.mean(0))
 
-    def observable(self, site: Any, name: str | None = None) -> Any:
+    def observable(self, site: Any, name: str | None = None) -> Observable:
         """The direction as an observable at a site; its offset is 0, as the two sides have different ones."""
-        return as_observable(name or "CCSProbe", self.direction(), site, 0.0)
+        return Observable.from_residual(self.direction(), site=site, name=name or "CCSProbe")
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         d = self.n_features_in_

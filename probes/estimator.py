@@ -32,6 +32,9 @@ class Probe(ClassifierMixin, BaseEstimator):
     Answers are numpy arrays, or tensors on the same device where X is a tensor or `TokenSets`.
     """
 
+    classes_: np.ndarray
+    n_features_in_: int
+
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.input_tags.three_d_array = True
@@ -145,7 +148,7 @@ class VectorProbe(Probe):
             values = as_token_sets(X).values.double()
             check_width(self, values.shape[1], fitting)
         else:
-            values = torch.as_tensor(validate_data(self, X, reset=fitting, dtype=np.float64))
+            values = torch.as_tensor(validate_data(self, X, reset=fitting, dtype=np.float64))  # pyright: ignore[reportArgumentType]
         if fitting:
             self.skip_first_ = False
         return values

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.hooks.errors import ArgumentError
-from interp.probes.directions import as_observable
+from interp.observables import Observable
 from interp.probes.estimator import ConvergenceWarning, SkipFirst, VectorProbe, as_array, balanced, check_is_fitted
 from interp.probes.inner_folds import inner_folds
 from interp.probes.logistic_solver import fit_sites, moments_of
@@ -26,7 +26,6 @@ class LinearProbe(VectorProbe):
 
     coef_: np.ndarray
     intercept_: np.ndarray
-    classes_: np.ndarray
 
     def _logits(self, inputs: Float[Tensor, "n d"]) -> Tensor:
         coef = torch.as_tensor(self.coef_, device=inputs.device)
@@ -61,7 +60,7 @@ class LinearProbe(VectorProbe):
         k = names.index(label)
         return coef[k] - coef.mean(0), float(intercept[k] - intercept.mean())
 
-    def observable(self, site: Any, label: Any = None, name: str | None = None) -> Any:
+    def observable(self, site: Any, label: Any = None, name: str | None = None) -> Observable:
         """The probe as an observable at a site: its direction, with the intercept as offset.
 
         Args:
@@ -74,7 +73,8 @@ class LinearProbe(VectorProbe):
         """
         vector, offset = self._row(label)
         what = self.classes_.tolist()[1] if label is None else label
-        return as_observable(name or f"{type(self).__name__} {what!r}", vector, site, offset)
+        label = name or f"{type(self).__name__} {what!r}"
+        return Observable.from_residual(vector, site=site, offset=offset, name=label)
 
     def _set_raw(self, coef: Tensor, intercept: Tensor, mean: Tensor, std: Tensor) -> None:
         raw = coef / std

@@ -111,7 +111,7 @@ class _Columns:
         self.logits_count = classes if self.multi else 1
         n, count = weights.shape
         self.weights, self.columns = weights, torch.arange(count, device=features.device)
-        ones = features.new_ones(features.shape[1], count)
+        ones = torch.ones(features.shape[1], count).to(features)
         self.ridge = torch.cat([penalties * (ones if scales is None else scales**2), ones.new_zeros(1, count)])
         energies, self.basis = torch.linalg.eigh(features.T @ features)
         kept = energies > energies[-1].clamp(min=0) * 1e-12
@@ -205,7 +205,7 @@ class _Columns:
         scaled = self.basis @ (coefficients.view(-1, *g.shape[1:]) * inside[:, :, None]).flatten(1)
         if not self.complete:
             scaled = scaled + (
-                (flat - self.basis @ coefficients).view(g[:-1].shape) * (1 / self.penalties)[:, None]
+                (flat - self.basis @ coefficients).view(g[:-1].shape) * self.penalties.reciprocal()[:, None]
             ).flatten(1)
         return torch.cat([scaled.view(g[:-1].shape), g[-1:] / self.curvature.clamp(min=1e-300)[:, None]])
 
@@ -222,10 +222,9 @@ class _Columns:
             if bool((rise.abs() <= 0.1 * slope.abs()).all()):
                 break
             low, high = torch.where(rise < 0, length, low), torch.where(rise > 0, length, high)
-            mean = (p * z_direction).sum(2) if self.multi else None
-            bend = p * z_direction**2 if mean is not None else p * (1 - p) * z_direction**2
-            total = bend.sum(2) - (0 if mean is None else mean**2)
-            newton = length - rise / ((self.weights * total).sum(0) + quadratic).clamp(min=1e-300)
+            mean = (p * z_direction).sum(2)  # the variance of the direction's logits under p; for two classes p (1 - p)
+            bend = (p * z_direction**2).sum(2) - mean**2
+            newton = length - rise / ((self.weights * bend).sum(0) + quadratic).clamp(min=1e-300)
             middle = torch.where(torch.isfinite(high), (low + high) / 2, 2 * low.clamp(min=0.5))
             outside = (newton <= low) | (newton >= high) | (newton > 10 * length)
             moved = torch.where(outside, middle, newton)

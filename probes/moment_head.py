@@ -88,6 +88,9 @@ class MomentHead(nn.Module):
         4047146
     """
 
+    centre: Centre
+    first: First
+
     def __init__(
         self, width: int, classes: int, *, order: Literal[1, 2] = 2, hidden: int = 512, heads: int = 4,
         pairing: Pairing = "near", centre: Centre = "tokens", norm: MapNorm = "column_l2", conv: bool = True,

@@ -64,6 +64,15 @@ class MomentProbe(TrainedTokenProbe):
         torch.Size([40, 2])
     """
 
+    order: Literal[1, 2]
+    pairing: Pairing
+    centre: Centre
+    norm: MapNorm
+    first: First
+    combine: Combine
+    first_norm_: float | None
+    eps_: float
+
     def __init__(
         self, order: Literal[1, 2] = 2, *, hidden: int | Literal["auto"] = "auto", heads: int = 4,
         pairing: Pairing = "near", centre: Centre = "tokens", norm: MapNorm = "column_l2", conv: bool = True,
@@ -95,7 +104,7 @@ class MomentProbe(TrainedTokenProbe):
             check_lone_tokens(sets, self.centre)
         self.median_tokens_ = float(sets.lengths.double().median())
         self.hidden_ = (128 if len(sets) < FEW else 512) if self.hidden == "auto" else int(self.hidden)
-        self.first_norm_ = None
+        self.first_norm_, self.eps_ = None, 1e-6
         self._fit_head(sets, y, self.class_weight, groups)
         self.parameters_ = sum(p.numel() for p in self.head_.parameters())
         return self
@@ -155,7 +164,7 @@ class MomentProbe(TrainedTokenProbe):
         return MomentHead(
             self.n_features_in_, len(self.classes_), order=self.order, hidden=self.hidden_, heads=self.heads,
             pairing=self.pairing, centre=self.centre, norm=self.norm, conv=self.conv, combine=self.combine,
-            first=self.first, first_norm=self.first_norm_, eps=getattr(self, "eps_", 1e-6),
+            first=self.first, first_norm=self.first_norm_, eps=self.eps_,
         )  # fmt: skip
 
     def _values_per_example(self) -> int:

@@ -102,6 +102,8 @@ class MomentFeatures(TokenInputs, TransformerMixin, BaseEstimator):
         torch.Size([10, 7])
     """
 
+    centre: Centre
+
     def __init__(
         self, rank: int = 32, order: Literal[1, 2] = 2, *, centre: Centre = "tokens", norm: Norm = "signed_sqrt",
         projection: Literal["pca", "sketch"] = "pca", skip_first: SkipFirst = "auto", random_state: int = 0,

@@ -147,7 +147,7 @@ def _from_plain(value: Any) -> Any:
         return value
     if "items" in value:
         return {_from_plain(k): _from_plain(v) for k, v in value["items"]}
-    found = [_from_plain(v) for v in value.get("tuple", value.get("list"))]
+    found = [_from_plain(v) for v in value["tuple" if "tuple" in value else "list"]]
     return tuple(found) if "tuple" in value else found
 
 

@@ -263,9 +263,9 @@ def test_the_validation_part_is_stratified_and_keeps_groups():
 
 CONTRACT = [
     (MomentFeatures(centre="none"), False),
-    (MLPProbe(epochs=30, lr=1e-2), True),
-    (AttentionProbe(), True),
-    (MomentProbe(centre="none", hidden=28), True),
+    (MLPProbe(epochs=15, lr=2e-2), True),
+    (AttentionProbe(epochs=6), True),
+    (MomentProbe(centre="none", hidden=28, epochs=5, lr=5e-3), True),
 ]
 
 
