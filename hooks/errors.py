@@ -122,3 +122,7 @@ class DictionaryError(InterpError, ValueError):
 
 class RunError(InterpError, OSError):
     """A run folder that cannot be written, read or trusted."""
+
+
+class ProbeFileError(InterpError, ValueError):
+    """A probe file that cannot be read or trusted."""
