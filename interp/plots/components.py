@@ -27,9 +27,14 @@ def attribution_chart(attribution: Attribution, *, top: int = 20, title: str = "
     return finish(alt.hconcat(left, bars, spacing=46), sets, Clicks("component", ("heads", "mlps", "bars")), title)
 
 
+def _records(attribution: Attribution) -> list[dict[str, Any]]:
+    """Contributions by head, however much finer they are known."""
+    return attribution.to_records("component" if attribution.heads is None else "head")
+
+
 def _rows(attribution: Attribution) -> list[dict[str, Any]]:
     """Contributions with their rank by size; ``column`` is the head, or the kind of part."""
-    rows = [r for r in attribution.to_records() if r["kind"] != "rounding" or r["value"]]
+    rows = [r for r in _records(attribution) if r["kind"] != "rounding" or r["value"]]
     order = sorted(range(len(rows)), key=lambda i: -abs(rows[i]["value"]))
     rank = {i: n for n, i in enumerate(order)}
     column = lambda r: r["head"] if r["head"] is not None else {"mlp": "MLP", "attention": "attention"}.get(r["kind"])
@@ -95,7 +100,7 @@ def _bars(parts: Any, attribution: Attribution, top: int, picked: Any) -> Any:
                 "value:Q",
                 title=f"contribution to {legible(attribution.observable)}",
                 axis=alt.Axis(tickCount=5),
-                scale=alt.Scale(domain=padded(r["value"] for r in attribution.to_records()), nice=False),
+                scale=alt.Scale(domain=padded(r["value"] for r in _records(attribution)), nice=False),
             ),
             color=sign_colour(),
         )
