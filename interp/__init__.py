@@ -27,7 +27,10 @@ _HOME = {
     "interp.hooks.units": ["Unit"],
     "interp.hooks.votes": ["Votes"],
     "interp.attribution": ["Attribution", "direct_attribution"],
+    "interp.attribution_contrast": ["contrast_attribution"],
+    "interp.attribution_data": ["AttributionSummary", "attribute_dataset"],
     "interp.dictionaries": ["Dictionary"],
+    "interp.head_norms": ["HeadNorms", "head_norms"],
     "interp.lens": ["LogitLens", "logit_lens"],
     "interp.observable_sets": ["ObservableSet"],
     "interp.observables": ["Observable"],
@@ -51,7 +54,10 @@ _NAMES = {name: home for home, names in _HOME.items() for name in names}
 
 if TYPE_CHECKING:
     from interp.attribution import Attribution, direct_attribution
+    from interp.attribution_contrast import contrast_attribution
+    from interp.attribution_data import AttributionSummary, attribute_dataset
     from interp.dictionaries import Dictionary
+    from interp.head_norms import HeadNorms, head_norms
     from interp.hooks.activations import Activations
     from interp.hooks.attach import attach, load
     from interp.hooks.errors import InterpError
@@ -103,14 +109,15 @@ if TYPE_CHECKING:
     from interp.steering import Cost, DoseResponse, cost, dose_response, orthogonalize
 
 __all__ = [
-    "Activations", "Add", "AttentionScore", "Attribution", "AverageGradient", "Boundary", "Cost", "CouplingFit",
-    "Dictionary", "DoseResponse", "FeatureVector", "Function", "InterpError", "Intervention", "Layout", "LinearMap",
-    "LinearScope", "Linearization", "LogitLens", "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable",
-    "ObservableSet", "Patch", "Path", "PathSearch", "ProjectOut", "Reference", "Run", "Scale", "SequenceObservable",
-    "Set", "Site", "Step", "Table", "Totals", "Unit", "Votes", "Zero", "attach", "attention_score", "chart",
-    "cosine", "cost", "coupling", "direct_attribution", "dose_response", "find_paths", "load", "load_plan",
-    "logit_lens", "low_data_comparison", "orthogonalize", "pairwise", "pattern_effects", "propagate",
-    "propagate_all", "register_unit", "save_plan", "validate_coupling",
+    "Activations", "Add", "AttentionScore", "Attribution", "AttributionSummary", "AverageGradient", "Boundary",
+    "Cost", "CouplingFit", "Dictionary", "DoseResponse", "FeatureVector", "Function", "HeadNorms", "InterpError",
+    "Intervention", "Layout", "LinearMap", "LinearScope", "Linearization", "LogitLens", "LowDataComparison", "Mean",
+    "MeanPoint", "Model", "Observable", "ObservableSet", "Patch", "Path", "PathSearch", "ProjectOut", "Reference",
+    "Run", "Scale", "SequenceObservable", "Set", "Site", "Step", "Table", "Totals", "Unit", "Votes", "Zero",
+    "attach", "attention_score", "attribute_dataset", "chart", "contrast_attribution", "cosine", "cost", "coupling",
+    "direct_attribution", "dose_response", "find_paths", "head_norms", "load", "load_plan", "logit_lens",
+    "low_data_comparison", "orthogonalize", "pairwise", "pattern_effects", "propagate", "propagate_all",
+    "register_unit", "save_plan", "validate_coupling",
 ]  # fmt: skip
 
 

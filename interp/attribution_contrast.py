@@ -1,6 +1,6 @@
 """Contrasts: what each component adds in one prompt more than in another."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -14,7 +14,7 @@ from interp.observables import Observable
 @torch.no_grad()
 def contrast_attribution(
     model: Model, observables: Any, clean: Any, corrupt: Any, unit: str = "head", *,
-    readers: Literal["clean", "own"] = "clean", position: int = -1,
+    readers: str = "clean", position: int = -1,
 ) -> Attribution | list[Attribution]:  # fmt: skip
     """Return what each component adds in a clean prompt more than in a corrupt one.
 

@@ -10,7 +10,7 @@ Source: Dunefsky & Cohan, "Observable Propagation", ICML 2024, section 3; diviso
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -185,9 +185,8 @@ class Readers:
         known, wanted = self.weights.bindings.by_address, self._sites(logits)
         if self.detail.attention != "source":
             names = [site for site in wanted if site in known]
-            return Seen(
-                self.model.capture(batch, names, positions=position, plan=plan), dict(zip(names, names)), self.c
-            )
+            acts = self.model.capture(batch, names, positions=position, plan=plan)
+            return Seen(acts, {site: site for site in names}, self.c)
         needed = [f"blocks.{i}.attn.hook_v" for i in range(self.model.n_layers)]
         missing = [site for site in needed if site not in known]
         if missing:
@@ -360,7 +359,7 @@ def check_readout(model: Model) -> None:
         )
 
 
-def subtract(clean: Parts, corrupt: Parts, shared: Literal["clean", "own"]) -> dict[str, Tensor]:
+def subtract(clean: Parts, corrupt: Parts, shared: str) -> dict[str, Tensor]:
     """Clean minus corrupt, part by part; with a shared reader the measurement is the reader's, u · (x - x')."""
     found = {key: clean[key] - corrupt[key] for key in clean}
     found["scale"] = clean["scale"] + corrupt["scale"]

@@ -17,11 +17,13 @@ from interp.hooks.table import Table
 FORMAT = 1
 _TYPES = {
     "Attribution": "interp.attribution",
+    "AttributionSummary": "interp.attribution_data",
     "BiasReport": "interp.hooks.votes",
     "Cost": "interp.steering",
     "CouplingFit": "interp.propagation.feature_vectors",
     "DoseResponse": "interp.steering",
     "Eigen": "interp.hooks.spectra",
+    "HeadNorms": "interp.head_norms",
     "LogitLens": "interp.lens",
     "LowDataComparison": "interp.low_data",
     "PathSearch": "interp.path_search",

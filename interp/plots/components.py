@@ -3,13 +3,32 @@
 from typing import Any
 
 from interp.attribution import Attribution
+from interp.hooks.errors import ArgumentError
+from interp.plots.sources import sources_chart
 from interp.plots.style import DIVERGING, INK, LABEL, MUTED, Clicks, Sets, finish, legible, ordered, padded, sign_colour
 
 _HIGH = 440
 
 
-def attribution_chart(attribution: Attribution, *, top: int = 20, title: str = "") -> Any:
-    """Layer x head grid, the MLPs beside it, and bars of the largest parts and of those that were clicked."""
+def attribution_chart(
+    attribution: Attribution, *, figure: str = "parts", top: int = 20, layer: int | None = None, title: str = ""
+) -> Any:
+    """Layer x head grid, the MLPs beside it, and bars of the largest parts and of those that were clicked.
+
+    Args:
+        attribution: What is drawn.
+        figure: ``parts``, or ``sources``: heads by the token that they read (of ``unit="source"``).
+        top: How many bars, or heads.
+        layer: For sources: all heads of this layer.
+        title: Above the figure.
+
+    Raises:
+        ArgumentError: If there is no such figure, or sources were not asked for.
+    """
+    if figure not in ("parts", "sources") or (layer is not None and figure == "parts"):
+        raise ArgumentError(f"figure={figure!r}, layer={layer}", "'parts', or 'sources' with a layer or without")
+    if figure == "sources":
+        return sources_chart(attribution, layer=layer, top=top, title=title)
     import altair as alt
 
     rows, sets = _rows(attribution), Sets()
