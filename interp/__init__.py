@@ -27,6 +27,9 @@ _HOME = {
     "interp.hooks.units": ["Unit"],
     "interp.hooks.votes": ["Votes"],
     "interp.attribution": ["Attribution", "direct_attribution"],
+    "interp.attribution_contrast": ["contrast_attribution"],
+    "interp.attribution_data": ["AttributionSummary", "attribute_dataset"],
+    "interp.data_free": ["HeadNorms", "head_norms"],
     "interp.dictionaries": ["Dictionary"],
     "interp.lens": ["LogitLens", "logit_lens"],
     "interp.low_data": ["LowDataComparison", "low_data_comparison"],
@@ -57,6 +60,9 @@ _NAMES = {name: home for home, names in _HOME.items() for name in names}
 
 if TYPE_CHECKING:
     from interp.attribution import Attribution, direct_attribution
+    from interp.attribution_contrast import contrast_attribution
+    from interp.attribution_data import AttributionSummary, attribute_dataset
+    from interp.data_free import HeadNorms, head_norms
     from interp.dictionaries import Dictionary
     from interp.hooks.activations import Activations
     from interp.hooks.attach import attach, load
@@ -116,15 +122,16 @@ if TYPE_CHECKING:
     from interp.steering import Cost, DoseResponse, cost, dose_response, orthogonalize
 
 __all__ = [
-    "Activations", "Add", "AttentionScore", "Attribution", "AverageGradient", "Boundary", "Cost", "CouplingFit",
-    "Dictionary", "DoseResponse", "FeatureVector", "Function", "InterpError", "Intervention", "Layout", "LinearMap",
-    "LinearScope", "Linearization", "LogitLens", "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable",
-    "ObservableComparison", "ObservableSet", "Patch", "PatchGrid", "Path", "PathSearch", "ProjectOut", "Reference",
-    "Run", "Scale", "SequenceObservable", "Set", "Site", "Step", "Table", "Totals", "Unit", "Votes", "Zero",
-    "attach", "attention_score", "attribution_patching", "chart", "compare_observables", "cosine", "cost",
-    "coupling", "coupling_range", "direct_attribution", "dose_response", "edge_attribution", "find_paths", "load",
-    "load_plan", "logit_lens", "low_data_comparison", "orthogonalize", "pairwise", "patch_grid", "path_patch",
-    "pattern_effects", "propagate", "propagate_all", "register_unit", "save_plan", "validate_coupling",
+    "Activations", "Add", "AttentionScore", "Attribution", "AttributionSummary", "AverageGradient", "Boundary",
+    "Cost", "CouplingFit", "Dictionary", "DoseResponse", "FeatureVector", "Function", "HeadNorms", "InterpError",
+    "Intervention", "Layout", "LinearMap", "LinearScope", "Linearization", "LogitLens", "LowDataComparison", "Mean",
+    "MeanPoint", "Model", "Observable", "ObservableComparison", "ObservableSet", "Patch", "PatchGrid", "Path",
+    "PathSearch", "ProjectOut", "Reference", "Run", "Scale", "SequenceObservable", "Set", "Site", "Step", "Table",
+    "Totals", "Unit", "Votes", "Zero", "attach", "attention_score", "attribute_dataset", "attribution_patching",
+    "chart", "compare_observables", "contrast_attribution", "cosine", "cost", "coupling", "coupling_range",
+    "direct_attribution", "dose_response", "edge_attribution", "find_paths", "head_norms", "load", "load_plan",
+    "logit_lens", "low_data_comparison", "orthogonalize", "pairwise", "patch_grid", "path_patch", "pattern_effects",
+    "propagate", "propagate_all", "register_unit", "save_plan", "validate_coupling",
 ]  # fmt: skip
 
 

@@ -1,29 +1,29 @@
 """Direct attribution: what each component adds to an observable. The contributions sum to the measurement.
 
 With the final norm's divisor held, u = (1/r) P(γ ⊙ W_Uᵀ n) reads the final stream linearly, and the stream is a sum:
-n · logits = u · embed + Σ u · head + Σ u · b_O + Σ u · mlp + constant, with constant W_Uᵀ n · β + n · b_U.
+n · logits = u · embed + Σ u · head + Σ u · b_O + Σ u · mlp + constant, with constant W_Uᵀ n · β + n · b_U. A head is
+the sum over source tokens of A[t, s] u · W_O (W_V n_s + b_V), an MLP the sum over neurons of (W_outᵀ u)_i post_i, and
+u · b_out.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.hooks.activations import Activations
-from interp.hooks.errors import ArgumentError, CompletenessError, SiteUnavailableError
-from interp.hooks.layouts import child
+from interp.attribution_units import EMBEDDINGS, Detail, Parts, Readers, Seen, check_complete, check_readout
+from interp.hooks.errors import ArgumentError
+from interp.hooks.inputs import Batch
 from interp.hooks.model import Model
 from interp.hooks.table import Table
-from interp.hooks.weights import Norm, linear_bias, linear_weight
+from interp.observable_sets import ObservableSet
 from interp.observables import Observable
-from interp.readout import Readout
 
-Unit = Literal["component", "head"]
-# Hugging Face computes norms in float32 even in a float64 model.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
+_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,14 @@ class Attribution:
         rounding: What the stream's own rounding adds (matters in half precision).
         position: Token index that the logits belong to.
         note: What to know when reading the numbers.
+        unit: What was asked for, as in ``source+neuron``; rows go down to it.
+        sources: [layer, head, pos]: heads by the token that they read, 0 behind the position; or None.
+        neurons: [layer, d_mlp], or None.
+        mlp_bias: [layer]: of b_out, beside neurons; or None.
+        kv_heads: [layer, kv_head]: sums over the query heads that share keys and values; or None.
+        labels: Text of each token of the prompt, or None without a tokenizer.
+        identity_error: How far finer parts are from what they sum to, relative to the sum of sizes.
+        scale: Least value of the sum of sizes to which errors are relative (of both runs, for a difference).
     """
 
     observable: str
@@ -55,17 +63,43 @@ class Attribution:
     rounding: float
     position: int
     note: str = ""
+    unit: str = ""
+    sources: Float[Tensor, "layer head pos"] | None = field(default=None, repr=False)
+    neurons: Float[Tensor, "layer d_mlp"] | None = field(default=None, repr=False)
+    mlp_bias: Float[Tensor, "layer"] | None = field(default=None, repr=False)
+    kv_heads: Float[Tensor, "layer kv_head"] | None = field(default=None, repr=False)
+    labels: list[str] | None = field(default=None, repr=False)
+    identity_error: float = field(default=0.0, repr=False)
+    scale: float = field(default=0.0, repr=False)
+
+    @property
+    def detail(self) -> Detail:
+        """How far attention and MLPs are split in rows."""
+        return Detail.of(self.unit or ("component" if self.heads is None else "head"))
+
+    def _terms(self, detail: Detail) -> list[Tensor]:
+        found = [getattr(self, key) for key in detail.keys]
+        if any(value is None for value in found):
+            raise ArgumentError(f"an attribution by {self.unit or 'component'}", "one by the finer unit, unit=")
+        ends = torch.tensor([*self.embeddings.values(), self.constant], dtype=torch.float64)
+        return [ends, *(value.double().flatten().cpu() for value in found)]
 
     @property
     def total(self) -> float:
         """The sum of all contributions."""
-        return sum(row["value"] for row in self.to_records())
+        return float(torch.cat(self._terms(self.detail)).sum()) + self.rounding
 
     @property
     def completeness_error(self) -> float:
-        """|sum - measurement|, or the rounding where that is larger, over the sum of absolute contributions."""
-        scale = max(sum(abs(r["value"]) for r in self.to_records()), 1e-30)
-        return max(abs(self.total - self.measurement), abs(self.rounding)) / scale
+        """|sum - measurement|, or the rounding where that is larger, over the sum of absolute contributions.
+
+        Where finer parts (sources of a head, neurons of an MLP) miss what they sum to by more, it is that.
+        """
+        sizes = float(torch.cat(self._terms(self.detail)).abs().sum()) + abs(self.rounding)
+        worst = max(abs(self.total - self.measurement), abs(self.rounding)) / max(sizes, self.scale, 1e-30)
+        return max(worst, self.identity_error)
+
+    # Single contributions --------------------------------------------------------------------------------------------
 
     def head(self, layer: int, head: int) -> float:
         """Contribution of one head.
@@ -73,12 +107,25 @@ class Attribution:
         Raises:
             ArgumentError: If heads were not asked for, or there is no such head.
         """
-        if self.heads is None:
-            raise ArgumentError("head() on an attribution by component", "unit='head'")
-        layers, heads = self.heads.shape
-        if not (0 <= layer < layers and 0 <= head < heads):
-            raise ArgumentError(f"L{layer}H{head}", f"layers 0..{layers - 1} and heads 0..{heads - 1}")
-        return float(self.heads[layer, head])
+        return self._entry(self.heads, "head()", "unit='head'", layer=layer, head=head)
+
+    def kv_head(self, layer: int, group: int) -> float:
+        """Contribution of one key/value head: the sum over the query heads that read it.
+
+        Raises:
+            ArgumentError: If heads were not asked for, or there is no such key/value head.
+        """
+        return self._entry(self.kv_heads, "kv_head()", "unit='kv_head'", layer=layer, kv_head=group)
+
+    def head_from(self, layer: int, head: int, source: int) -> float:
+        """What one head adds by reading one token, counted from 0, or negative from the prompt's end.
+
+        Raises:
+            ArgumentError: If sources were not asked for, or there is no such head or token.
+        """
+        if self.sources is not None and -self.sources.shape[-1] <= source < 0:
+            source += self.sources.shape[-1]
+        return self._entry(self.sources, "head_from()", "unit='source'", layer=layer, head=head, source=source)
 
     def mlp(self, layer: int) -> float:
         """Contribution of one MLP.
@@ -86,45 +133,92 @@ class Attribution:
         Raises:
             ArgumentError: If there is no such layer.
         """
-        if not 0 <= layer < len(self.mlps):
-            raise ArgumentError(f"layer {layer}", f"0..{len(self.mlps) - 1}")
-        return float(self.mlps[layer])
+        return self._entry(self.mlps, "mlp()", "", layer=layer)
 
-    def to_records(self) -> list[dict[str, Any]]:
-        """One row for each contribution; the values sum to the measurement."""
-        rows = [
-            {"component": name, "kind": "embedding", "layer": None, "head": None, "value": v}
-            for name, v in self.embeddings.items()
-        ]
+    def neuron(self, layer: int, index: int) -> float:
+        """Contribution of one neuron.
+
+        Raises:
+            ArgumentError: If neurons were not asked for, or there is no such neuron.
+        """
+        return self._entry(self.neurons, "neuron()", "unit='neuron'", layer=layer, neuron=index)
+
+    def _entry(self, values: Tensor | None, call: str, unit: str, **at: int) -> float:
+        if values is None:
+            raise ArgumentError(f"{call} on an attribution by {self.unit or 'component'}", unit)
+        for (axis, index), size in zip(at.items(), values.shape, strict=True):
+            if not 0 <= index < size:
+                raise ArgumentError(f"{axis} {index}", f"{axis}s 0..{size - 1}")
+        return float(values[tuple(at.values())])
+
+    # Rows ------------------------------------------------------------------------------------------------------------
+
+    def to_records(self, unit: str | None = None, *, neurons: int = _LISTED) -> list[dict[str, Any]]:
+        """One row for each contribution; the values sum to the measurement.
+
+        Args:
+            unit: How finely; what was asked for by default.
+            neurons: How many of each layer's largest neurons have rows of their own; the others share one.
+
+        Raises:
+            ArgumentError: If the unit is finer than what was asked for.
+        """
+        detail = self.detail if unit is None else Detail.of(unit)
+        rounding = self.rounding
+        if detail != self.detail:
+            rounding += float(torch.cat(self._terms(self.detail)).sum() - torch.cat(self._terms(detail)).sum())
+        rows = [_row(name, "embedding", None, None, value) for name, value in self.embeddings.items()]
         for layer in range(len(self.mlps)):
-            rows += self._layer_rows(layer)
-        rows.append({"component": "constant", "kind": "constant", "layer": None, "head": None, "value": self.constant})
-        rows.append({"component": "rounding", "kind": "rounding", "layer": None, "head": None, "value": self.rounding})
-        return rows
+            rows += [*self._attention_rows(layer, detail), *self._mlp_rows(layer, detail, neurons)]
+        rows.append(_row("constant", "constant", None, None, self.constant))
+        return [*rows, _row("rounding", "rounding", None, None, rounding)]
 
-    def _layer_rows(self, layer: int) -> list[dict[str, Any]]:
-        row = lambda name, kind, head, value: {
-            "component": name,
-            "kind": kind,
-            "layer": layer,
-            "head": head,
-            "value": float(value),
-        }
-        if self.heads is None:
-            rows = [row(f"L{layer} attention", "attention", None, self.attention[layer])]
+    def _attention_rows(self, layer: int, detail: Detail) -> list[dict[str, Any]]:
+        if detail.attention == "component":
+            return [_row(f"L{layer} attention", "attention", layer, None, float(self.attention[layer]))]
+        if detail.attention == "source":
+            rows = self._source_rows(layer)
         else:
-            rows = [row(f"L{layer}H{h}", "head", h, v) for h, v in enumerate(self.heads[layer])]
-            if self.attention_bias[layer] != 0:
-                rows.append(row(f"L{layer} attention bias", "bias", None, self.attention_bias[layer]))
-        return [*rows, row(f"L{layer} MLP", "mlp", None, self.mlps[layer])]
+            values, letters = (self.heads, "H") if detail.attention == "head" else (self.kv_heads, "KV")
+            assert values is not None
+            numbers = enumerate(values[layer].tolist())
+            rows = [_row(f"L{layer}{letters}{h}", detail.attention, layer, h, v) for h, v in numbers]
+        bias = float(self.attention_bias[layer])
+        return rows + ([_row(f"L{layer} attention bias", "bias", layer, None, bias)] if bias != 0 else [])
+
+    def _source_rows(self, layer: int) -> list[dict[str, Any]]:
+        assert self.sources is not None
+        token = lambda s: self.labels[s] if self.labels else str(s)
+        seen = self.sources[layer, :, : self.position + 1].tolist()
+        return [
+            _row(f"L{layer}H{h}@{s}", "source", layer, h, value) | {"source": s, "token": token(s)}
+            for h, values in enumerate(seen)
+            for s, value in enumerate(values)
+        ]
+
+    def _mlp_rows(self, layer: int, detail: Detail, count: int) -> list[dict[str, Any]]:
+        if detail.mlp == "component":
+            return [_row(f"L{layer} MLP", "mlp", layer, None, float(self.mlps[layer]))]
+        assert self.neurons is not None
+        assert self.mlp_bias is not None
+        values = self.neurons[layer].double().clone()
+        listed = values.abs().argsort(descending=True, stable=True)[: max(count, 0)].tolist()
+        rows = [
+            _row(f"L{layer}N{i}", "neuron", layer, None, v) | {"neuron": i}
+            for i, v in zip(listed, values[listed].tolist(), strict=True)
+        ]
+        if len(listed) < len(values):
+            values[listed] = 0
+            rows.append(_row(f"L{layer} other neurons", "rest", layer, None, float(values.sum())))
+        bias = float(self.mlp_bias[layer])
+        return rows + ([_row(f"L{layer} MLP bias", "bias", layer, None, bias)] if bias != 0 else [])
 
     def top(self, k: int = 10) -> Table:
-        """Return the k largest contributions by absolute value."""
-        rows = sorted(self.to_records(), key=lambda r: -abs(r["value"]))[:k]
-        return Table(
-            [{"component": r["component"], "value": r["value"]} for r in rows],
-            f"{self.observable} = {self.measurement:.4f}",
-        )
+        """Return the k largest contributions by absolute value (single neurons; not what many share)."""
+        rows = [r for r in self.to_records(neurons=k) if r["kind"] != "rest"]
+        rows = sorted(rows, key=lambda r: -abs(r["value"]))[:k]
+        shown = ("component", "token", "value") if self.detail.attention == "source" else ("component", "value")
+        return Table([{c: r.get(c, "") for c in shown} for r in rows], f"{self.observable} = {self.measurement:.4f}")
 
     def to_json(self) -> str:
         """All numbers as JSON text."""
@@ -136,27 +230,51 @@ class Attribution:
         return self.top(12)._repr_html_()
 
 
+def _row(component: str, kind: str, layer: int | None, head: int | None, value: float) -> dict[str, Any]:
+    return {"component": component, "kind": kind, "layer": layer, "head": head, "value": value}
+
+
+@overload
+def direct_attribution(
+    model: Model, observables: Observable, prompt: Any, unit: str = "head", *, position: int = -1, plan: Any = ()
+) -> Attribution: ...
+
+
+@overload
+def direct_attribution(
+    model: Model, observables: ObservableSet | Sequence[Observable] | Mapping[str, Observable], prompt: Any,
+    unit: str = "head", *, position: int = -1, plan: Any = (),
+) -> list[Attribution]: ...  # fmt: skip
+
+
 @torch.no_grad()
 def direct_attribution(
-    model: Model, observable: Observable, prompt: Any, unit: Unit = "head", *, position: int = -1, plan=()
-) -> Attribution:
+    model: Model, observables: Any, prompt: Any, unit: str = "head", *, position: int = -1, plan: Any = ()
+) -> Attribution | list[Attribution]:
     """Return what each component adds to an observable at one position; raises if the parts do not sum to the whole.
 
     Each branch is read behind its post-norm, with that norm's divisor held, so that heads still sum (Gemma, OLMo 2).
-    Where the model soft-caps its logits, the measurement is of the logits before the cap.
+    Where the model soft-caps its logits, the measurement is of the logits before the cap. Several observables share
+    one run, and give what each would give alone.
 
     Args:
         model: A decoder with a final norm and an unembedding.
-        observable: What is measured.
+        observables: What is measured: an Observable, or several (a set, a list, or a mapping of names).
         prompt: One text, or token ids.
-        unit: ``head`` or ``component`` (whole attention branches).
+        unit: ``component`` (whole attention branches), ``head``, ``kv_head`` (sums over the query heads that share
+            keys and values), ``source`` (heads by the token that they read) or ``neuron`` (MLPs by neuron); one for
+            attention and one for MLPs as in ``source+neuron``. Sums of the finer parts are checked against the
+            coarser, and sources also against feature vectors of the stream in front of each block.
         position: Whose next-token logits; the last by default.
         plan: Interventions under which the model runs.
 
     Raises:
-        SiteUnavailableError: If the logits are not a norm and an unembedding of a residual sum.
+        SiteUnavailableError: If the logits are not a norm and an unembedding of a residual sum, or the model has no
+            such parts (neurons of a mixture of experts).
         ArgumentError: If the unit does not exist, or there is more than one prompt.
-        CompletenessError: If the contributions do not sum to the measurement.
+        CompletenessError: If the contributions do not sum to the measurement, or finer parts to a coarser one.
+
+    Source: Dunefsky & Cohan, "Observable Propagation", ICML 2024, section 3.
 
     Example:
         >>> import interp
@@ -166,126 +284,84 @@ def direct_attribution(
         >>> abs(found.total - found.measurement) < 1e-4
         True
     """
-    if not isinstance(observable, Observable):
+    wanted = read_observables(observables)
+    check_readout(model)
+    batch, readers = one_prompt(model, prompt), Readers(model, wanted, Detail.of(unit))
+    seen = readers.capture(batch, position, plan)
+    _check_seen(model, wanted, seen)
+    parts = readers.parts(seen)
+    check_complete(model, wanted.names, parts)
+    found = attributions(readers, parts, batch, position, unit)
+    return found[0] if isinstance(observables, Observable) else found
+
+
+def read_observables(observables: Any) -> ObservableSet:
+    """Observables as a set.
+
+    Raises:
+        ArgumentError: If they are none.
+    """
+    if not isinstance(observables, (Observable, ObservableSet, Sequence, Mapping)) or isinstance(observables, str):
         raise ArgumentError(
-            f"an observable of type {type(observable).__name__}", "an Observable", "Observable.logit(...)"
+            f"an observable of type {type(observables).__name__}", "an Observable", "Observable.logit(...)"
         )
-    if unit not in ("component", "head"):
-        raise ArgumentError(f"unit={unit!r}", "'component' or 'head'")
-    _check_readout(model)
-    observable.check_logits(Readout.of(model).vocab)
+    return ObservableSet.of(observables)
+
+
+def one_prompt(model: Model, prompt: Any) -> Batch:
+    """The batch of one prompt.
+
+    Raises:
+        ArgumentError: If there are several.
+    """
     batch = model.batch(prompt)
     if batch.size != 1:
-        raise ArgumentError(f"{batch.size} prompts", "one")
-    acts = model.capture(batch, _sites(model), positions=position, plan=plan)
-    _check_seen(model, observable, acts)
-    reader = _Reader(model, observable, acts)
-    found = reader.attribute(unit, int(batch.positions(position)[0, 0]))
-    limit = _TOLERANCE.get(model.dtype, 2e-2)
-    if not found.completeness_error <= limit:
-        raise CompletenessError(
-            f"contributions without rounding sum to {found.total - found.rounding:.6g}, measurement is "
-            f"{found.measurement:.6g} (relative {found.completeness_error:.1e})",
-            f"at most {limit:.0e}",
-            f"largest: {', '.join(r['component'] for r in found.top(3))}",
-        )
+        raise ArgumentError(f"{batch.size} prompts", "one", "attribute_dataset takes many")
+    return batch
+
+
+def attributions(
+    readers: Readers, parts: Parts, batch: Batch, position: int, unit: str, note: str = ""
+) -> list[Attribution]:
+    """The result for each observable of one prompt's parts."""
+    model, layout = readers.model, readers.weights.layout
+    capped = "" if layout.logit_softcap is None else "measured on the logits before the soft-cap"
+    place = int(batch.positions(position)[0, 0]) - batch.starts[0]
+    ids = batch.ids[0, batch.starts[0] :][: batch.lengths[0]].tolist() if batch.ids is not None else []
+    labels = [model.tokenizer.decode([i]) for i in ids] if model.tokenizer is not None else None
+    found = []
+    for o, observable in enumerate(readers.observables):
+        notes = "; ".join(filter(None, (observable.note, capped, note)))
+        found.append(from_parts(observable.name, {k: v[o, 0] for k, v in parts.items()}, place, notes, unit, labels))
     return found
 
 
-def _check_readout(model: Model) -> None:
-    layout = model.layout
-    if layout is None or layout.post_ln or layout.final_norm is None or layout.unembed is None:
-        raise SiteUnavailableError(
-            f"direct attribution on {type(model.module).__name__} ({model.family})",
-            "logits that are norm and unembedding of a residual sum",
-            "use LinearScope for other networks",
-        )
+def from_parts(
+    name: str, parts: Mapping[str, Tensor], position: int, note: str, unit: str, labels: list[str] | None
+) -> Attribution:
+    """The result that holds the parts of one observable at one position."""
+    number = lambda key: float(parts[key]) if key in parts else 0.0
+    return Attribution(
+        observable=name, measurement=number("measurement"), heads=parts.get("heads"), attention=parts["attention"],
+        attention_bias=parts.get("attention_bias", torch.zeros_like(parts["attention"])), mlps=parts["mlps"],
+        embeddings={key: float(parts[key]) for key in EMBEDDINGS if key in parts}, constant=number("constant"),
+        rounding=number("rounding"), position=position, note=note, unit=unit, sources=parts.get("sources"),
+        neurons=parts.get("neurons"), mlp_bias=parts.get("mlp_bias"), kv_heads=parts.get("kv_heads"), labels=labels,
+        identity_error=number("identity_error"), scale=number("scale"),
+    )  # fmt: skip
 
 
-def _check_seen(model: Model, observable: Observable, acts: Activations) -> None:
+def _check_seen(model: Model, observables: ObservableSet, seen: Seen) -> None:
     """Refuse a plan that changes the logits behind the unembedding, where attribution does not look."""
     layout = model.layout
     if layout is None or layout.logit_softcap is not None:
         return
-    expected = observable.measure(acts["unembed.hook_out"][0, 0].float() * layout.logit_scale)
-    final = observable.measure(acts["logits"][0, 0].float())
-    if not torch.isclose(expected, final, rtol=1e-2, atol=1e-2):
+    expected = observables.measure(seen.at("unembed.hook_out").float() * layout.logit_scale)[0]
+    final = observables.measure(seen.at("logits").float())[0]
+    wrong = ~torch.isclose(expected, final, rtol=1e-2, atol=1e-2)
+    if wrong.any():
+        i = int(wrong.nonzero()[0])
         raise ArgumentError(
-            f"logits that measure {final:.4g}, from an unembedding that measures {expected:.4g}",
+            f"logits that measure {final[i]:.4g}, from an unembedding that measures {expected[i]:.4g}",
             "a plan in front of the unembedding",
         )
-
-
-def _sites(model: Model) -> list[str]:
-    known = model.bindings.by_address  # type: ignore[union-attr]
-    names = ["hook_embed", "hook_pos_embed", "hook_type_embed", "ln_final.hook_scale", "unembed.hook_out", "logits"]
-    last = f"blocks.{model.n_layers - 1}.hook_resid_post"
-    for layer in range(model.n_layers):
-        block = f"blocks.{layer}"
-        names += [f"{block}.attn.hook_z", f"{block}.hook_attn_out", f"{block}.hook_mlp_out"]
-        names += [f"{block}.ln1_post.hook_scale"]
-    return [name for name in [*names, last] if name in known]
-
-
-class _Reader:
-    """The final stream's linear reader u, and what it reads out of each component (float32 or better)."""
-
-    def __init__(self, model: Model, observable: Observable, acts: Activations):
-        self.model, self.acts, self.observable = model, acts, observable
-        self.norms = model.bindings.norms  # type: ignore[union-attr]
-        w, self.unembed_offset = observable.pull_to_stream(model)
-        final: Norm = self.norms["ln_final"]
-        self.dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-        self.w = w.to(self.dtype)
-        scale = self._at("ln_final.hook_scale")
-        scaled = self.w if final.gain is None else self.w * final.gain.to(self.w)
-        self.u = (scaled - scaled.mean() if final.centred else scaled) / scale.to(self.w.device)
-        self.constant = float(self.w @ final.bias.to(self.w)) if final.bias is not None else 0.0
-
-    def _at(self, site: str) -> Tensor:
-        """A site's value at the one position, in the working dtype."""
-        return self.acts[site][0, 0].to(self.w.device if hasattr(self, "w") else "cpu", self.dtype)
-
-    def attribute(self, unit: Unit, position: int) -> Attribution:
-        layout, n = self.model.layout, self.model.n_layers
-        assert layout is not None
-        attention = torch.stack([self.u @ self._at(f"blocks.{i}.hook_attn_out") for i in range(n)])
-        mlps = torch.stack([self.u @ self._at(f"blocks.{i}.hook_mlp_out") for i in range(n)])
-        heads, bias = self._heads() if unit == "head" else (None, torch.zeros(n))
-        names = {"embedding": "hook_embed", "positions": "hook_pos_embed", "token types": "hook_type_embed"}
-        embeddings = {k: float(self.u @ self._at(site)) for k, site in names.items() if site in self.acts}
-        final = float(self.u @ self._at(f"blocks.{n - 1}.hook_resid_post"))
-        parts = float(heads.sum() + bias.sum()) if heads is not None else float(attention.sum())
-        capped = "" if layout.logit_softcap is None else "measured on the logits before the soft-cap"
-        note = "; ".join(filter(None, (self.observable.note, capped)))
-        measured = float(self.observable.measure(self._at("unembed.hook_out") * layout.logit_scale))
-        return Attribution(
-            observable=self.observable.name, measurement=measured, heads=heads, attention=attention,
-            attention_bias=bias, mlps=mlps, embeddings=embeddings, constant=self.constant + self.unembed_offset,
-            rounding=final - sum(embeddings.values()) - parts - float(mlps.sum()), position=position, note=note,
-        )  # fmt: skip
-
-    def _heads(self) -> tuple[Tensor, Tensor]:
-        """Contributions [layer, head] and of biases [layer]: u_l · W_O z, with u_l behind the branch's post-norm."""
-        heads, biases = [], []
-        for layer in range(self.model.n_layers):
-            reader, offset = self._branch_reader(layer)
-            path = self.model.layout.block(layer, self.model.layout.o)  # type: ignore[union-attr]
-            module = child(self.model.module, path)
-            weight, bias = linear_weight(module, path), linear_bias(module)  # type: ignore[arg-type]
-            z = self._at(f"blocks.{layer}.attn.hook_z")
-            pulled = (reader.to(weight.device) @ weight.to(self.dtype)).to(z.device).reshape(z.shape)
-            heads.append((pulled * z).sum(-1))
-            biases.append(offset + (reader @ bias.to(reader) if bias is not None else 0.0))
-        return torch.stack(heads), torch.as_tensor(biases)
-
-    def _branch_reader(self, layer: int) -> tuple[Tensor, float]:
-        """u pulled back through the branch's multiplier and post-norm, and the post-norm bias's contribution."""
-        u = self.u * self.model.layout.branch_scale  # type: ignore[union-attr]
-        norm = self.norms.get(f"blocks.{layer}.ln1_post")
-        if norm is None:
-            return u, 0.0
-        scaled = u if norm.gain is None else u * norm.gain.to(u)
-        scaled = scaled - scaled.mean() if norm.centred else scaled
-        offset = float(u @ norm.bias.to(u)) if norm.bias is not None else 0.0
-        return scaled / self._at(f"blocks.{layer}.ln1_post.hook_scale"), offset

@@ -19,12 +19,14 @@ from interp.hooks.table import Table
 FORMAT = 1
 _TYPES = {
     "Attribution": "interp.attribution",
+    "AttributionSummary": "interp.attribution_data",
     "BiasReport": "interp.hooks.votes",
     "Cost": "interp.steering",
     "CouplingFit": "interp.propagation.feature_vectors",
     "DoseResponse": "interp.steering",
     "Eigen": "interp.hooks.spectra",
     "FeatureVector": "interp.propagation.feature_vectors",
+    "HeadNorms": "interp.data_free",
     "LogitLens": "interp.lens",
     "LowDataComparison": "interp.low_data",
     "ObservableComparison": "interp.propagation.comparison",

@@ -18,6 +18,7 @@ __all__ = ["can_draw", "chart", "visible"]
 _DRAWN_BY = {
     "LogitLens": ("interp.plots.lens", "lens_chart"),
     "Attribution": ("interp.plots.components", "attribution_chart"),
+    "HeadNorms": ("interp.plots.sources", "head_norms_chart"),
     "Votes": ("interp.plots.votes", "votes_chart"),
     "LinearScope": ("interp.plots.linear", "scope_chart"),
     "BiasReport": ("interp.plots.biases", "bias_chart"),
@@ -42,10 +43,11 @@ def chart(result: Any, **options: Any) -> "altair.TopLevelMixin":
     """Return the figure of a result.
 
     Args:
-        result: A LogitLens, an Attribution, Votes, a LinearScope, a BiasReport, an SVD, TokenBlocks, a PatchGrid,
-            or a Table of tokens or classes with their probabilities, or with F x, r and their sum.
+        result: A LogitLens, an Attribution, HeadNorms, Votes, a LinearScope, a BiasReport, an SVD, TokenBlocks, a
+            PatchGrid, or a Table of tokens or classes with their probabilities, or with F x, r and their sum.
         options: Of the figure. LogitLens: ``colour`` ("probability" or "entropy"), ``figure`` ("both", "heat",
-            "ranks"), ``position``. Attribution: ``top``. Votes of an image: ``picture`` (PNG bytes or a PIL image),
+            "ranks"), ``position``. Attribution: ``figure`` ("parts", "sources"), ``top``, ``layer`` of sources.
+            HeadNorms: ``observable``. Votes of an image: ``picture`` (PNG bytes or a PIL image),
             ``cell`` (pixels), ``percentile``, ``size``. LinearScope: ``figure`` ("parts", "impulse", "receptive",
             "strip", "outputs", "votes"), ``at``, ``along``, ``radius``, ``top``, ``cell``, ``size``. BiasReport:
             ``figure`` ("bars", "maps"), ``depth``, ``linear``, ``count``, ``columns``, ``size``. SVD: ``figure``

@@ -3,13 +3,32 @@
 from typing import Any
 
 from interp.attribution import Attribution
+from interp.hooks.errors import ArgumentError
+from interp.plots.sources import sources_chart
 from interp.plots.style import DIVERGING, INK, LABEL, MUTED, Clicks, Sets, finish, legible, ordered, padded, sign_colour
 
 _HIGH = 440
 
 
-def attribution_chart(attribution: Attribution, *, top: int = 20, title: str = "") -> Any:
-    """Layer x head grid, the MLPs beside it, and bars of the largest parts and of those that were clicked."""
+def attribution_chart(
+    attribution: Attribution, *, figure: str = "parts", top: int = 20, layer: int | None = None, title: str = ""
+) -> Any:
+    """Layer x head grid, the MLPs beside it, and bars of the largest parts and of those that were clicked.
+
+    Args:
+        attribution: What is drawn.
+        figure: ``parts``, or ``sources``: heads by the token that they read (of ``unit="source"``).
+        top: How many bars, or heads.
+        layer: For sources: all heads of this layer.
+        title: Above the figure.
+
+    Raises:
+        ArgumentError: If there is no such figure, or sources were not asked for.
+    """
+    if figure not in ("parts", "sources") or (layer is not None and figure == "parts"):
+        raise ArgumentError(f"figure={figure!r}, layer={layer}", "'parts', or 'sources' with a layer or without")
+    if figure == "sources":
+        return sources_chart(attribution, layer=layer, top=top, title=title)
     import altair as alt
 
     rows, sets = _rows(attribution), Sets()
@@ -27,9 +46,14 @@ def attribution_chart(attribution: Attribution, *, top: int = 20, title: str = "
     return finish(alt.hconcat(left, bars, spacing=46), sets, Clicks("component", ("heads", "mlps", "bars")), title)
 
 
+def _records(attribution: Attribution) -> list[dict[str, Any]]:
+    """Contributions by head, however much finer they are known."""
+    return attribution.to_records("component" if attribution.heads is None else "head")
+
+
 def _rows(attribution: Attribution) -> list[dict[str, Any]]:
     """Contributions with their rank by size; ``column`` is the head, or the kind of part."""
-    rows = [r for r in attribution.to_records() if r["kind"] != "rounding" or r["value"]]
+    rows = [r for r in _records(attribution) if r["kind"] != "rounding" or r["value"]]
     order = sorted(range(len(rows)), key=lambda i: -abs(rows[i]["value"]))
     rank = {i: n for n, i in enumerate(order)}
     column = lambda r: r["head"] if r["head"] is not None else {"mlp": "MLP", "attention": "attention"}.get(r["kind"])
@@ -95,7 +119,7 @@ def _bars(parts: Any, attribution: Attribution, top: int, picked: Any) -> Any:
                 "value:Q",
                 title=f"contribution to {legible(attribution.observable)}",
                 axis=alt.Axis(tickCount=5),
-                scale=alt.Scale(domain=padded(r["value"] for r in attribution.to_records()), nice=False),
+                scale=alt.Scale(domain=padded(r["value"] for r in _records(attribution)), nice=False),
             ),
             color=sign_colour(),
         )

@@ -1,5 +1,7 @@
 """Observables, direct attribution and the logit lens on every decoder family."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -90,11 +92,12 @@ def test_under_a_plan_and_records():
 
 def test_a_wrong_part_is_caught(monkeypatch):
     """Planted error: heads read with a rolled W_O do not sum, and the call raises."""
-    import interp.attribution as attribution
+    from interp.propagation.reference import Weights
 
     model, ids = model_and_ids("llama")
-    right = attribution.linear_weight
-    monkeypatch.setattr(attribution, "linear_weight", lambda m, p: right(m, p).roll(1, 1))
+    right = Weights.output
+    rolled = lambda self, layer: replace(right(self, layer), weight=right(self, layer).weight.roll(1, 1))
+    monkeypatch.setattr(Weights, "output", rolled)
     with pytest.raises(CompletenessError, match="contributions without rounding sum to"):
         interp.direct_attribution(model, weighted(model), ids)
 
