@@ -87,9 +87,9 @@ DIVISORS = frozenset(
 COMPARISONS = frozenset(
     """
     gt lt ge le eq ne greater less greater_equal less_equal not_equal sign signbit sgn floor ceil round trunc isnan
-    isinf isfinite argmax argmin argsort heaviside logical_and logical_or logical_not logical_xor bitwise_and
-    bitwise_or bitwise_not bitwise_xor and or xor invert bucketize searchsorted histc one_hot isin long int short
-    byte bool char
+    isinf isposinf isneginf isfinite argmax argmin argsort heaviside logical_and logical_or logical_not logical_xor
+    bitwise_and bitwise_or bitwise_not bitwise_xor and or xor invert bucketize searchsorted histc one_hot isin long int
+    short byte bool char
     """.split()
 )
 

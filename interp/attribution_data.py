@@ -1,6 +1,5 @@
 """Attribution over a dataset: mean and standard error of each contribution, in memory that does not grow with it."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from interp.attribution import Attribution, from_parts, read_observables
 from interp.attribution_units import EMBEDDINGS, Detail, Readers, check_complete, check_readout
+from interp.hooks.budget import bytes_of
 from interp.hooks.errors import ArgumentError, PositionError, SizeError
 from interp.hooks.inputs import Batch
 from interp.hooks.model import Model
@@ -25,7 +25,6 @@ _PLACES = {
     "attention": "attention", "head": "heads", "kv_head": "kv_heads", "mlp": "mlps", "neuron": "neurons",
     "constant": "constant", "rounding": "rounding",
 }  # fmt: skip
-_UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 @dataclass
@@ -282,27 +281,9 @@ def _fitting(readers: Readers, budget: int | str) -> int:
     sizes, layers, n = readers.weights.sizes, readers.model.n_layers, len(readers.observables)
     terms = layers * (4 + sizes["head"] + sizes["kv_head"] + (sizes["d_mlp"] if readers.neurons else 0))
     captured = layers * (2 * sizes["d_model"] + sizes["head"] * sizes["d_head"] + sizes.get("d_mlp", 0))
-    each, fixed, given = 24 * n * terms + 4 * captured, 64 * n * terms, read_bytes(budget)
+    each, fixed, given = 24 * n * terms + 4 * captured, 64 * n * terms, bytes_of(budget)
     if fixed + each > given:
         raise SizeError(
             f"budget={budget!r}", f"{fixed + each} bytes for one example of {n} observables", "take fewer observables"
         )
     return (given - fixed) // each
-
-
-def read_bytes(budget: int | str) -> int:
-    """A number of bytes, given as one or as text.
-
-    Raises:
-        ArgumentError: If it is neither.
-
-    Example:
-        >>> read_bytes("1.5KiB")
-        1536
-    """
-    if isinstance(budget, int) and budget > 0:
-        return budget
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|)\s*", budget) if isinstance(budget, str) else None
-    if match is None:
-        raise ArgumentError(f"budget={budget!r}", "bytes, or a text such as '512MiB'")
-    return int(float(match[1]) * _UNITS[match[2]])
