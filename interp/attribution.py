@@ -2,8 +2,8 @@
 
 With the final norm's divisor held, u = (1/r) P(γ ⊙ W_Uᵀ n) reads the final stream linearly, and the stream is a sum:
 n · logits = u · embed + Σ u · head + Σ u · b_O + Σ u · mlp + constant, with constant W_Uᵀ n · β + n · b_U. A head is
-the sum over source tokens of A[t, s] u · W_O (W_V n_s + b_V), an MLP the sum over neurons of (W_outᵀ u)_i post_i, and
-u · b_out.
+the sum over source tokens of A[t, s] u · W_O (W_V n_s + b_V); an MLP is the sum over neurons of (W_outᵀ u)_i post_i,
+and u · b_out.
 """
 
 import json

@@ -141,7 +141,8 @@ class Readers:
         detail: How far attention and MLPs are split.
 
     Raises:
-        SiteUnavailableError: If the logits are not norm and unembedding of a residual sum, or MLPs have no neurons.
+        SiteUnavailableError: If the logits are not a norm and an unembedding of a residual sum, or neurons are not one
+            linear module's input.
     """
 
     def __init__(self, model: Model, observables: ObservableSet, detail: Detail):
@@ -221,23 +222,23 @@ class Readers:
             logits: As for `capture`.
         """
         n = self.model.n_layers
-        r = self.divisor(seen) if r is None else r
-        read = lambda x: torch.einsum("od,b...d->ob...", self.c, x) / r.view(1, -1, *[1] * (x.ndim - 2))
+        divisor = self.divisor(seen) if r is None else r
+        read = lambda x: torch.einsum("od,b...d->ob...", self.c, x) / divisor.view(1, -1, *[1] * (x.ndim - 2))
         parts = {name: read(seen.at(site)) for name, site in EMBEDDINGS.items() if seen.has(site)}
         for name, site in (("attention", "hook_attn_out"), ("mlps", "hook_mlp_out")):
             parts[name] = read(torch.stack([seen.at(f"blocks.{i}.{site}") for i in range(n)], 1))
-        parts["constant"] = self.constant[:, None].expand(-1, len(r))
+        parts["constant"] = self.constant[:, None].expand(-1, len(divisor))
         parts["measurement"] = self._measurement(seen, logits)
         checks = []
         if self.heads:
-            parts |= self._split_attention(seen, r)
+            parts |= self._split_attention(seen, divisor)
             checks.append(parts["heads"].sum(-1) + parts["attention_bias"] - parts["attention"])
         if self.detail.attention == "source":
-            sources, by_vector = self._split_sources(seen, r)
+            sources, by_vector = self._split_sources(seen, divisor)
             parts["sources"] = sources
             checks += [sources.sum(-1) - parts["heads"], by_vector - parts["heads"]]
         if self.neurons:
-            parts |= self._split_mlps(seen, r)
+            parts |= self._split_mlps(seen, divisor)
             checks.append(parts["neurons"].sum(-1) + parts["mlp_bias"] - parts["mlps"])
         stream = read(seen.at(f"blocks.{n - 1}.hook_resid_post"))
         return parts | self._closing(parts, stream, checks)
@@ -303,16 +304,13 @@ class Readers:
 
     def _closing(self, parts: Parts, stream: Tensor, checks: Sequence[Tensor]) -> dict[str, Tensor]:
         """Rounding, the sum of absolute contributions, and the finer identities' largest error, relative to it."""
-        summed = [parts[key].flatten(2).sum(2) if parts[key].ndim > 2 else parts[key] for key in self._summed(parts)]
-        sizes = [parts[k].flatten(2).abs().sum(2) if parts[k].ndim > 2 else parts[k].abs() for k in self._summed(parts)]
-        rounding = stream - torch.stack(summed).sum(0)
-        scale = (torch.stack(sizes).sum(0) + parts["constant"].abs() + rounding.abs()).clamp(min=1e-30)
+        summed = [key for key in (*EMBEDDINGS, *self.detail.keys) if key in parts]
+        terms = torch.cat([parts[key].reshape(*stream.shape, -1) for key in summed], -1)
+        rounding = stream - terms.sum(-1)
+        scale = (terms.abs().sum(-1) + parts["constant"].abs() + rounding.abs()).clamp(min=1e-30)
         worst = [check.flatten(2).abs().amax(2) / scale for check in checks]
         identity = torch.stack(worst).amax(0) if worst else torch.zeros_like(scale)
         return {"rounding": rounding, "stream": stream, "scale": scale, "identity_error": identity}
-
-    def _summed(self, parts: Parts) -> list[str]:
-        return [key for key in (*EMBEDDINGS, *self.detail.keys) if key in parts]
 
 
 def completeness_error(parts: Parts) -> Float[Tensor, "obs example"]:
@@ -337,8 +335,8 @@ def check_complete(model: Model, names: Sequence[str], parts: Parts) -> None:
     sizes = {k: float(parts[k][o, e].abs().max()) for k in keys}
     raise CompletenessError(
         f"contributions without rounding sum to {total:.6g}, measurement of {names[o]!r} is "
-        f"{float(parts['measurement'][o, e]):.6g}; finer parts are off by {float(parts['identity_error'][o, e]):.1e} "
-        f"(relative {float(errors[o, e]):.1e}, example {e})",
+        f"{float(parts['measurement'][o, e]):.6g}; finer parts miss theirs by "
+        f"{float(parts['identity_error'][o, e]):.1e} (relative {float(errors[o, e]):.1e}, example {e})",
         f"at most {limit:.0e}",
         f"largest: {', '.join(f'{k} {v:.3g}' for k, v in sizes.items())}",
     )

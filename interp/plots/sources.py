@@ -40,9 +40,9 @@ def sources_chart(attribution: Attribution, *, layer: int | None = None, top: in
         if r["kind"] == "source" and (r["layer"], r["head"]) in rank
     ]  # fmt: skip
     limit = max((abs(r["value"]) for r in cells), default=0.0) or 1.0
-    name = f"contribution to {legible(attribution.observable)}"
     scale = {"domain": [-limit, limit], **DIVERGING}
-    return _grid(cells, "row", "at", "token that is read", "head", scale, name, title)
+    name = f"contribution to {legible(attribution.observable)}"
+    return _grid(cells, "token that is read", "head", scale, name, title)
 
 
 def head_norms_chart(norms: HeadNorms, *, observable: int | str = 0, title: str = "") -> Any:
@@ -68,16 +68,15 @@ def head_norms_chart(norms: HeadNorms, *, observable: int | str = 0, title: str 
     ]  # fmt: skip
     name = f"norm of {legible(norms.observables[index])}"
     scale = {"domain": [0.0, max(r["value"] for r in cells) or 1.0], "scheme": "blues"}
-    return _grid(cells, "row", "at", "head", "layer", scale, name, title)
+    return _grid(cells, "head", "layer", scale, name, title)
 
 
-def _grid(
-    cells: list[dict[str, Any]], row: str, column: str, below: str, beside: str, scale: dict, name: str, title: str
-) -> Any:
+def _grid(cells: list[dict[str, Any]], below: str, beside: str, scale: dict[str, Any], name: str, title: str) -> Any:
+    """Cells by their row and the column that they are at."""
     import altair as alt
 
     sets = Sets()
-    columns, rows = ({r[key] for r in cells} for key in (column, row))
+    columns, rows = ({r[key] for r in cells} for key in ("at", "row"))
     wide = max(14, min(44, _WIDE // max(len(columns), 1)))
     legend = alt.Legend(
         title=name, orient="top", direction="horizontal", gradientLength=180, gradientThickness=8, titleOrient="left",
@@ -87,8 +86,8 @@ def _grid(
         alt.Chart(sets.add("cells", cells))
         .mark_rect(stroke="#f1f3f5", strokeWidth=1)
         .encode(
-            x=alt.X(f"{column}:N", title=below, axis=alt.Axis(labelExpr=LABEL, labelAngle=-90, ticks=False)),
-            y=alt.Y(f"{row}:N", title=beside, axis=alt.Axis(labelExpr=LABEL, ticks=False, labelFontSize=11)),
+            x=alt.X("at:N", title=below, axis=alt.Axis(labelExpr=LABEL, labelAngle=-90, ticks=False)),
+            y=alt.Y("row:N", title=beside, axis=alt.Axis(labelExpr=LABEL, ticks=False, labelFontSize=11)),
             color=alt.Color("value:Q", scale=alt.Scale(**scale), legend=legend),
             tooltip=["component:N", alt.Tooltip("value:Q", format="+.4f")],
         )

@@ -143,7 +143,7 @@ def test_what_cannot_be_is_refused():
         call(MIXED, position=5)
     with pytest.raises(SizeError, match="bytes for one example"):
         call(MIXED, budget="1KiB")
-    with pytest.raises(ArgumentError, match="a text such as"):
+    with pytest.raises(ArgumentError, match="or a text such as"):
         call(MIXED, budget="much")
     with pytest.raises(ArgumentError, match="the same observables"):
         call(MIXED, into=interp.AttributionSummary(["another"]))

@@ -157,7 +157,7 @@ def test_a_plan_that_parts_finer_units_from_their_sum_is_refused(site):
     if site == "attn.hook_v":
         # Later steps read the changed values, but feature vectors of the stream do not know of the change.
         assert interp.direct_attribution(model, weighted(model), ids, "head", plan=plan).completeness_error < 2e-6
-    with pytest.raises(CompletenessError, match="finer parts are off by"):
+    with pytest.raises(CompletenessError, match="finer parts miss theirs"):
         interp.direct_attribution(model, weighted(model), ids, broken, plan=plan)
 
 
