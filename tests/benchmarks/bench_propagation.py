@@ -2,9 +2,10 @@
 
     make bench            # or: python -m tests.benchmarks.bench_propagation
 
-Writes docs/benchmarks/propagation.md when run as a module.
+Writes docs/benchmarks/propagation.md when run as a module. OMP_NUM_THREADS chooses the number of threads, 2 by default.
 """
 
+import os
 import platform
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 import interp
 from tests.benchmarks.bench_hooks import interleaved
 
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 TEXT = "When {} and {} went to the {}, {} gave a drink to"
 NAMES = ["Mary", "John", "Anna", "Paul", "Emma", "Mark", "Lucy", "Jack", "Kate", "Tom"]
 PLACES = ["store", "park", "old town hall", "office", "beach near the harbour", "school", "zoo", "club", "bar", "farm"]
@@ -85,7 +87,7 @@ def peak(what: str, count: int) -> float:
 
 
 def child(what: str, count: int) -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     model = interp.load("smollm2-135m")
     mary, rows = interp.Observable.logit_diff(model, " Mary", " John"), prompts(count)
     if what == "forward":
@@ -120,12 +122,12 @@ def test_benchmark_propagation():
 
 
 def main() -> str:
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     lines = [
         "# What propagation costs",
         "",
         f"`python -m tests.benchmarks.bench_propagation`: SmolLM2-135M, float32, {platform.machine()} CPU with 2 "
-        f"cores, torch {torch.__version__} with 2 threads.",
+        f"cores, torch {torch.__version__}, threads: {THREADS}.",
         "",
     ]
     times, length = totals()

@@ -128,6 +128,26 @@ def test_half_precision_sums_with_the_rounding_term(name):
     sizes = sum(abs(r["value"]) for r in found.to_records("head"))
     assert abs(found.total - float(u @ x) - constant) < 1e-5 * sizes
     assert abs(found.rounding) > 1e-5 * sizes, "bfloat16 rounds"
+    for unit in ("component", "kv_head", "source"):
+        assert abs(sum(r["value"] for r in found.to_records(unit)) - found.total) < 1e-6 * sizes
+
+
+def test_post_norms_that_centre_and_have_a_bias():
+    """No family has one: LayerNorms behind the branches of a Gemma."""
+    module = build("gemma2")
+    for layer in module.model.layers:
+        layer.post_attention_layernorm, layer.post_feedforward_layernorm = (
+            torch.nn.LayerNorm(32),
+            torch.nn.LayerNorm(32),
+        )
+        for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
+            torch.nn.init.normal_(norm.weight, 1.0, 0.2)
+            torch.nn.init.normal_(norm.bias, 0.0, 0.2)
+    model, ids = interp.attach(module.eval()), inputs_for("gemma2")[:1]
+    found = interp.direct_attribution(model, weighted(model), ids, "source+neuron")
+    assert found.completeness_error < 2e-6
+    assert found.attention_bias.abs().min() > 1e-5
+    assert interp.attribute_dataset(model, weighted(model), ids, "neuron").completeness_error < 2e-6
 
 
 def test_positions_before_the_last_read_no_later_token():
