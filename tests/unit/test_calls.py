@@ -226,7 +226,7 @@ def test_a_derivative_that_does_not_exist_is_refused():
 
 
 def test_a_compiled_function_runs_as_python():
-    doubled = torch.compile(lambda x: torch.relu(x) * 2)
+    doubled = torch.compile(lambda x: torch.relu(x) * 2, backend="eager")  # no C++ compiler is asked for
     torch.testing.assert_close(
         scope_of(inside(doubled), X).dense(), scope_of(inside(lambda x: F.relu(x) * 2), X).dense()
     )
