@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -106,14 +107,15 @@ def _binding(model: "Model", site: str) -> "tuple[Binding, nn.Module]":
 def read_activation(
     model: "Model", layer: int, pre: Float[Tensor, "*n d_mlp"], activated: Float[Tensor, "*n d_mlp"]
 ) -> Callable[[Tensor], Tensor] | None:
-    """Return the MLP's activation function: the callable of the block that maps ``pre`` to ``activated``, or None.
+    """Return the MLP's activation function, or None: a callable of the block, or a known one that its code may call.
 
-    Which GELU a model uses cannot be told from its name; its values tell.
+    It is the one that maps ``pre`` to ``activated``. Which GELU a model uses cannot be told from its name; its values
+    tell.
     """
     block = child(model.module, model.layout.block(layer, model.layout.mlp or ""))  # type: ignore[union-attr]
     half = activated.dtype in (torch.bfloat16, torch.float16)
     tolerance = (4e-2 if half else 1e-5) * float(activated.abs().max().clamp(min=1e-6))
-    for function in _functions(block):  # type: ignore[arg-type]
+    for function in (*_functions(block), *_KNOWN):  # type: ignore[arg-type]
         given = function(pre.clone())
         if isinstance(given, Tensor) and given.shape == pre.shape and (given - activated).abs().max() <= tolerance:
             return _apart(function)
@@ -123,6 +125,12 @@ def read_activation(
 def _apart(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """A function that may work in place, as one that leaves its argument alone."""
     return lambda z: function(z.clone())
+
+
+_KNOWN: tuple[Callable[[Tensor], Tensor], ...] = (
+    torch.relu, F.gelu, lambda z: F.gelu(z, approximate="tanh"), F.silu, lambda z: torch.relu(z) ** 2, torch.tanh,
+    torch.sigmoid, F.softplus, F.mish, F.relu6, F.leaky_relu, F.elu, lambda z: z * torch.sigmoid(1.702 * z),
+)  # fmt: skip
 
 
 def _functions(block: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:

@@ -44,6 +44,19 @@ class _Probed(FrozenNetwork):
         return session.values[self._end[0].site]
 
 
+def probed_network(
+    model: Model, batch: Batch, held: Linearization, sites: Sequence[SiteLike], output: SiteLike
+) -> _Probed:
+    """Return the frozen network of one example up to a site, with a zero leaf at each of some others.
+
+    Its ``output`` [1, ...] carries the graph, its ``probes`` the leaves.
+
+    Raises:
+        LinearizationError: If a call cannot be linearised.
+    """
+    return _Probed(model, batch, held, lambda value: value, output, sites)
+
+
 def frozen_gradients(
     model: Model, inputs: Any, sites: Sequence[SiteLike], output: SiteLike,
     readout: Callable[[Tensor], Float[Tensor, "k"]], linearization: Linearization,

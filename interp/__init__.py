@@ -31,6 +31,12 @@ _HOME = {
     "interp.attribution_data": ["AttributionSummary", "attribute_dataset"],
     "interp.data_free": ["HeadNorms", "head_norms"],
     "interp.dictionaries": ["Dictionary"],
+    "interp.jacobians.checks": ["FallbackWarning"],
+    "interp.jacobians.jacobian": ["jacobian"],
+    "interp.jacobians.plan": ["Plan"],
+    "interp.jacobians.reductions": ["JacobianSummary"],
+    "interp.jacobians.results": ["JacobianMap", "Jacobians"],
+    "interp.jacobians.sweep": ["RowSweep", "row_sweep"],
     "interp.lens": ["LogitLens", "logit_lens"],
     "interp.low_data": ["LowDataComparison", "low_data_comparison"],
     "interp.observable_sets": ["ObservableSet"],
@@ -90,6 +96,12 @@ if TYPE_CHECKING:
     from interp.hooks.table import Table
     from interp.hooks.units import Unit
     from interp.hooks.votes import Votes
+    from interp.jacobians.checks import FallbackWarning
+    from interp.jacobians.jacobian import jacobian
+    from interp.jacobians.plan import Plan
+    from interp.jacobians.reductions import JacobianSummary
+    from interp.jacobians.results import JacobianMap, Jacobians
+    from interp.jacobians.sweep import RowSweep, row_sweep
     from interp.lens import LogitLens, logit_lens
     from interp.low_data import LowDataComparison, low_data_comparison
     from interp.observable_sets import ObservableSet
@@ -122,16 +134,17 @@ if TYPE_CHECKING:
     from interp.steering import Cost, DoseResponse, cost, dose_response, orthogonalize
 
 __all__ = [
-    "Activations", "Add", "AttentionScore", "Attribution", "AttributionSummary", "AverageGradient", "Boundary",
-    "Cost", "CouplingFit", "Dictionary", "DoseResponse", "FeatureVector", "Function", "HeadNorms", "InterpError",
-    "Intervention", "Layout", "LinearMap", "LinearScope", "Linearization", "LogitLens", "LowDataComparison", "Mean",
-    "MeanPoint", "Model", "Observable", "ObservableComparison", "ObservableSet", "Patch", "PatchGrid", "Path",
-    "PathSearch", "ProjectOut", "Reference", "Run", "Scale", "SequenceObservable", "Set", "Site", "Step", "Table",
-    "Totals", "Unit", "Votes", "Zero", "attach", "attention_score", "attribute_dataset", "attribution_patching",
-    "chart", "compare_observables", "contrast_attribution", "cosine", "cost", "coupling", "coupling_range",
-    "direct_attribution", "dose_response", "edge_attribution", "find_paths", "head_norms", "load", "load_plan",
-    "logit_lens", "low_data_comparison", "orthogonalize", "pairwise", "patch_grid", "path_patch", "pattern_effects",
-    "propagate", "propagate_all", "register_unit", "save_plan", "validate_coupling",
+    "Activations", "Add", "AttentionScore", "Attribution", "AttributionSummary", "AverageGradient", "Boundary", "Cost",
+    "CouplingFit", "Dictionary", "DoseResponse", "FallbackWarning", "FeatureVector", "Function", "HeadNorms",
+    "InterpError", "Intervention", "JacobianMap", "JacobianSummary", "Jacobians", "Layout", "LinearMap", "LinearScope",
+    "Linearization", "LogitLens", "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable",
+    "ObservableComparison", "ObservableSet", "Patch", "PatchGrid", "Path", "PathSearch", "Plan", "ProjectOut",
+    "Reference", "RowSweep", "Run", "Scale", "SequenceObservable", "Set", "Site", "Step", "Table", "Totals", "Unit",
+    "Votes", "Zero", "attach", "attention_score", "attribute_dataset", "attribution_patching", "chart",
+    "compare_observables", "contrast_attribution", "cosine", "cost", "coupling", "coupling_range",
+    "direct_attribution", "dose_response", "edge_attribution", "find_paths", "head_norms", "jacobian", "load",
+    "load_plan", "logit_lens", "low_data_comparison", "orthogonalize", "pairwise", "patch_grid", "path_patch",
+    "pattern_effects", "propagate", "propagate_all", "register_unit", "row_sweep", "save_plan", "validate_coupling",
 ]  # fmt: skip
 
 

@@ -132,7 +132,7 @@ def attention_score(model: Model, prompt: Any, layer: int, head: int, destinatio
     group = ref.weights.group(head)
     left = _Side(ref, layer, "q", head, t)
     right = _Side(ref, layer, "k", group, s)
-    scale = _scale(ref, layer)
+    scale = score_scale(ref, layer)
     score = scale * float(left.turned @ right.turned)
     matrix = scale * (left.parts() @ right.parts().T)
     vectors = [
@@ -205,7 +205,7 @@ def _turn(ref: Reference, plain: str, turned: str, position: int, head: int) -> 
     return found[plain][:, start + position, head].to(ref.weights.dtype)
 
 
-def _scale(ref: Reference, layer: int) -> float:
+def score_scale(ref: Reference, layer: int) -> float:
     """The factor between the product of queries and keys and the scores, read off the scores themselves."""
     name = f"blocks.{layer}.attn"
     q, k = ref.at(f"{name}.hook_rot_q"), ref.at(f"{name}.hook_rot_k")

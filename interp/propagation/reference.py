@@ -1,7 +1,7 @@
 """Reference: one run's activations, read as what each stage of a pull-back holds."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -86,6 +86,7 @@ class Reference:
         model: A decoder.
         prompt: One text, or token ids.
         sites: Further sites to capture at once; others are captured when first read.
+        only: The sites to capture at once, instead of those of every layer: for a part of the network.
 
     Raises:
         SiteUnavailableError: If the model has no residual stream that branches add to.
@@ -101,18 +102,18 @@ class Reference:
         [1, 3]
     """
 
-    def __init__(self, model: Model, prompt: Any, sites: tuple[str, ...] = ()):
+    def __init__(self, model: Model, prompt: Any, sites: tuple[str, ...] = (), only: Sequence[str] | None = None):
         self.model, self.weights = model, Weights(model)
         self.batch = model.batch(prompt)
         if self.batch.size != 1 or self.batch.ids is None:
             raise ArgumentError(f"{self.batch.size} prompts", "one text, or one list of token ids")
         known = self.weights.bindings.by_address
-        names = [f"blocks.{i}.{part}" for i in range(model.n_layers) for part in _BLOCK]
+        names = [*_ENDS, *(f"blocks.{i}.{part}" for i in range(model.n_layers) for part in _BLOCK)]
         names.append(f"blocks.{model.n_layers - 1}.hook_resid_post")
-        wanted = dict.fromkeys(name for name in (*_ENDS, *names) if name in known)
+        wanted = dict.fromkeys(self._same(name) for name in (names if only is None else only) if name in known)
         self.acts: Activations = model.capture(self.batch, [*wanted, *(s for s in sites if s not in wanted)])
         self._later: dict[str, Activations] = {}
-        if not torch.isfinite(self.at(names[-1])).all():
+        if only is None and not torch.isfinite(self.at(names[-1])).all():
             raise NonFiniteError(
                 "the residual stream at this prompt holds NaN or infinity", "finite activations",
                 "a float64 model with padding on the left does that: pass the prompt without padding",

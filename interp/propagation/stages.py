@@ -21,6 +21,9 @@ from interp.propagation.reference import Reference, Weights
 
 Pulled = tuple[Tensor, Tensor]
 
+# Of a gated product, how much of either factor's derivative is taken: (factor that is gated, gate).
+_SHARES = {"tangent": (1.0, 1.0), "gate": (1.0, 0.0), "split": (0.5, 0.5)}
+
 
 def pull_gain(y: Float[Tensor, "... d"], norm: Norm | None) -> Pulled:
     """Through gain and bias alone, to the normalised input n = P x / r: P (γ ⊙ y) and y · β. Needs no data."""
@@ -55,6 +58,23 @@ def pull_norm(
         # J x = (N(x) - β) ε/r²: what is left of x is due to ε alone.
         offset = offset + aligned * (1 - norm.eps / scale[..., 0] ** 2)
     return pulled / scale, offset
+
+
+def push_norm(
+    v: Float[Tensor, "... d"], norm: Norm | None, mode: str, scale: Float[Tensor, "... 1"],
+    normalized: Float[Tensor, "... d"],
+) -> Float[Tensor, "... d"]:  # fmt: skip
+    """A tangent of a norm's input as one of its output: γ ⊙ (P v - n (n · v)/d)/r; without n (n · v)/d if r is held.
+
+    The transpose of `pull_norm`.
+    """
+    if norm is None:
+        return v
+    v = v - v.mean(-1, keepdim=True) if norm.centred else v
+    if mode == "tangent":
+        v = v - normalized * ((normalized * v).sum(-1, keepdim=True) / normalized.shape[-1])
+    v = v / scale
+    return v if norm.gain is None else v * norm.gain.to(v)
 
 
 def pull_norm_at(ref: Reference, y: Tensor, name: str, mode: str, at: Any = slice(None)) -> Pulled:
@@ -151,13 +171,27 @@ class MLP:
             offset = self.down.constant(y) + self.pre.constant(pulled) + (post * shift).sum(-1)
             return self.pre.pull(pulled), post, offset
         u, a = self.up(v), self.function(g)
-        share_u, share_g = {"tangent": (1.0, 1.0), "gate": (1.0, 0.0), "split": (0.5, 0.5)}[held.product]
+        share_u, share_g = _SHARES[held.product]
         to_u, to_g = share_u * post * a, share_g * post * u * slope
         offset = self.down.constant(y) + self.up.constant(to_u) + self.pre.constant(to_g)
         # a u = a·u' + (slope g' + shift)·u - (both counted) a·u, so that the constant makes up for what is missing.
         offset = offset + (post * ((1 - share_u) * a * u - share_g * u * (a - shift))).sum(-1)
         pulled = self.up.pull(to_u) + (self.pre.pull(to_g) if share_g else 0.0)
         return pulled, post, offset
+
+    def factors(
+        self, v: Float[Tensor, "... d"], held: Linearization
+    ) -> tuple[Float[Tensor, "... f"], Float[Tensor, "... f"] | None]:
+        """Return (p, q) at the normalised input v: the derivative is W_out (diag(p) W_pre + diag(q) W_up).
+
+        q is None without a gate. A held gate makes p zero.
+        """
+        g = self.pre(v)
+        slope, _ = self._line(g, held)
+        if self.up is None:
+            return slope, None
+        share_u, share_g = _SHARES[held.product]
+        return share_g * self.up(v) * slope, share_u * self.function(g)
 
     def _line(self, g: Tensor, held: Linearization) -> Pulled:
         """(slope, shift) with a(g) = slope g + shift: the tangent, or the chord from 0 (the gain where a(0) = 0)."""

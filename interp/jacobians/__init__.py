@@ -1,0 +1,1 @@
+"""Batched Jacobians between sites: closed forms where a block is recognised, autograd in chunks elsewhere."""

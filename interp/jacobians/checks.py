@@ -1,0 +1,90 @@
+"""Self-check: closed forms against autograd on random directions, before they are used."""
+
+import torch
+from torch import Tensor
+
+from interp.hooks.inputs import Batch
+from interp.hooks.model import Model
+from interp.jacobians.chain import ChainEngine, Step
+from interp.jacobians.graph import GraphEngine
+from interp.jacobians.places import End, Place
+
+_PRODUCTS = 2
+# Hugging Face computes norms and softmax in float32 even in a float64 model.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+_HALF = 1e-1
+
+
+class FallbackWarning(UserWarning):
+    """A closed form that disagreed with autograd, so that autograd was used."""
+
+
+def tolerance(model: Model) -> float:
+    """Relative error that the model's dtype allows in a product with a Jacobian over some layers."""
+    if model.dtype == torch.float64 and model.config is not None:
+        return 1e-4
+    return _TOLERANCE.get(model.dtype, _HALF)
+
+
+def check_chain(
+    model: Model, batch: Batch, engine: ChainEngine, places: list[Place], ends: tuple[End, End]
+) -> tuple[float, str]:
+    """Return the largest relative error of two products Jᵀ w, and the block at fault ('' where there is none)."""
+    if not engine.steps:
+        return 0.0, ""
+    graph = GraphEngine(model, batch, ends, engine.held, 1)
+    place = _widest(places, engine.local)
+    error = _error(engine, graph, place)
+    if error <= tolerance(model):
+        return error, ""
+    worst, name = _culprit(model, batch, engine, place)
+    return (worst, name) if worst > tolerance(model) else (error, "the whole chain")
+
+
+def _widest(places: list[Place], local: bool) -> Place:
+    """One place to check: all positions at once where they do not mix, else that with the most positions between."""
+    if local and all(p.sources is not None and p.sources == p.targets for p in places):
+        every = tuple(sorted({t for p in places for t in p.sources or ()}))
+        return Place(places[0].example, every, every, (False, False))
+    reach = lambda p: max(p.targets or (0,)) - min(p.sources or (0,))
+    return max(places, key=lambda p: (reach(p), max(p.targets or (0,))))
+
+
+def _error(engine: ChainEngine, graph: GraphEngine, place: Place) -> float:
+    generator = torch.Generator().manual_seed(0)
+    shape = (_PRODUCTS, *engine.full_shape(place, 1))
+    w = torch.randn(shape, generator=generator, dtype=torch.float64).to(engine.like)
+    made, wanted = engine.pull(place, w), graph.pull(place, w.to(graph.like)).to(engine.like)
+    error = _relative(made, wanted)
+    return error if error == error else float("inf")
+
+
+def _relative(made: Tensor, wanted: Tensor) -> float:
+    return float((made - wanted).norm() / wanted.norm().clamp(min=1e-30))
+
+
+def _culprit(model: Model, batch: Batch, engine: ChainEngine, place: Place) -> tuple[float, str]:
+    """The branch of which the closed form is furthest from autograd, and how far."""
+    worst = (0.0, "")
+    last = max(place.targets or (0,))
+    here = Place(place.example, (last,), (last,), (True, True))
+    known = model.bindings.by_address  # type: ignore[union-attr]
+    for step in engine.steps:
+        for kind in step.kinds:
+            names = _branch_sites(model, step, kind)
+            if names is None:
+                continue
+            one = Step((kind,), step.layer, skip=False)
+            ends = tuple(End(model.resolve(name)[0][0], known[name]) for name in names)
+            at = place if kind == "attention" else here
+            alone = ChainEngine(model, batch, [one], [at], engine.held, engine.chunk, engine.like.dtype)
+            error = _error(alone, GraphEngine(model, batch, (ends[0], ends[1]), engine.held, 1), at)
+            worst = max(worst, (error, f"blocks.{step.layer}.{kind}"))
+    return worst
+
+
+def _branch_sites(model: Model, step: Step, kind: str) -> tuple[str, str] | None:
+    if kind not in ("attention", "mlp"):
+        return None
+    middle = "hook_resid_pre" if kind == "attention" or model.layout.parallel else "hook_resid_mid"  # type: ignore[union-attr]
+    return f"blocks.{step.layer}.{middle}", f"blocks.{step.layer}.hook_{'attn' if kind == 'attention' else 'mlp'}_out"

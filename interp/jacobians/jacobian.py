@@ -1,0 +1,201 @@
+"""jacobian: batched Jacobians between any two sites, exact or partly frozen."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from interp.hooks.errors import ArgumentError, MetaWeightsError, SiteUnavailableError, UnknownFamilyError
+from interp.hooks.examples import each_example
+from interp.hooks.inputs import Batch
+from interp.hooks.linearization import Linearization, LinearizationLike
+from interp.hooks.model import Model
+from interp.hooks.site import SiteLike
+from interp.jacobians.chain import ChainEngine, Step, find_steps
+from interp.jacobians.checks import FallbackWarning, check_chain
+from interp.jacobians.costs import make_plan, probe_bytes
+from interp.jacobians.engine import Engine
+from interp.jacobians.graph import GraphEngine
+from interp.jacobians.places import End, Place, check_indices, find_ends, find_places
+from interp.jacobians.plan import probes_within, read_budget
+from interp.jacobians.reductions import JacobianSummary, check_reduction
+from interp.jacobians.results import Jacobians, check_out
+
+Method = Literal["auto", "closed", "autograd"]
+_NO_CLOSED_FORM = (SiteUnavailableError, UnknownFamilyError, MetaWeightsError)
+
+
+def jacobian(
+    model: Model, inputs: Any, source: SiteLike, target: SiteLike, positions: Any = None, *, rows: Any = None,
+    columns: Any = None, reduce: str | Callable[[Tensor], Any] | None = None,
+    linearization: LinearizationLike = "exact", precision: Literal["float32", "float64"] | None = None,
+    budget: int | str = "2GiB", out: Tensor | None = None, method: Method = "auto", check: bool = True,
+) -> Jacobians | JacobianSummary:  # fmt: skip
+    """Return the Jacobians J[n, o, i] = d target_o / d source_i between two sites.
+
+    Decoders' MLPs (gated or not), attention with its query-key side, norms, residual sums and unembeddings are
+    differentiated in closed form: a gated MLP as one product K = W_out (diag(p) W_pre + diag(q) W_up) and a rank-one
+    term for its norm, several layers by pushing tangents only at the positions between source and target, or by
+    multiplying the blocks' matrices, whichever is cheaper. Each closed form is compared with autograd on random
+    directions first; where it disagrees, or the network is none of these, autograd runs in chunks. Examples are
+    taken one by one without padding. Nothing dense is computed before it is asked for; ``plan`` says what it costs.
+
+    Args:
+        model: An attached model.
+        inputs: As for `capture`; several examples give the maps of each, in order.
+        source: Site that is moved. With a position (``...@3``) only there.
+        target: Site that is read, behind the source.
+        positions: None: one map of all positions to all for each example. ``"same"``: one map for each token, target
+            and source at that token. Ints, ``"last"``, a substring: the same at those tokens. (s, t), or a list of
+            such tuples: position pairs, source first. Counted from the example's first real token.
+        rows: Components of the target that are kept (at each position): ints, or tuples into its shape there.
+        columns: Components of the source, likewise.
+        reduce: Give a summary instead: ``mean``, ``sum`` (over maps), ``norm`` (Frobenius, of each), ``gram`` (inner
+            products of all pairs), ``trace``, ``svd:k`` (k singular values of each), or a function of chunks
+            [n, out, in]. Means, norms, grams and traces of MLPs never form a Jacobian.
+        linearization: What is held: ``exact`` is the derivative; ``frozen``, ``path`` or another holds parts.
+        precision: dtype of weights and sums in closed forms; by default float32, or float64 for float64 models.
+        budget: Bytes for scratch and dense result, ``"2GiB"`` or a number.
+        out: Tensor [n, out, in] that is filled at once.
+        method: ``auto``, or only ``closed`` forms, or only ``autograd``.
+        check: Whether closed forms are compared with autograd.
+
+    Raises:
+        SiteError: If a site does not exist, or does not name one tensor.
+        PositionError: If a position lies outside an example, or a source behind its target.
+        ArgumentError: If the target does not depend on the source, indices are out of range, or ``out`` does not fit.
+        SizeError: If the budget does not hold one row, or the result.
+        TrainModeError: If dropout or batch statistics are live.
+        LinearizationError: If a call has no rule under the linearisation.
+
+    Example:
+        >>> import interp
+        >>> model = interp.load("smollm2-135m")
+        >>> J = interp.jacobian(
+        ...     model, "The cat sat", "blocks.3.hook_resid_mid", "blocks.3.hook_mlp_out", positions="same"
+        ... )
+        >>> J.dense().shape
+        torch.Size([3, 576, 576])
+    """
+    held, size = Linearization.of(linearization), read_budget(budget)
+    _check_options(method, precision, reduce, out)
+    found = find_ends(model, source, target)
+    examples = each_example(model, inputs)
+    places = find_places(model, examples, found[:2], found[2:], positions)
+    made = _Maker(model, held, size, precision, method, check).make(examples, places, found[:2])
+    engines, notes, error = made
+    ends = _keep(found[:2], engines[0].shapes, rows, columns)
+    plan = make_plan(ends, places, engines, size, notes, error)
+    jacobians = Jacobians(ends, places, engines, held, plan, out)
+    if reduce is not None:
+        return jacobians.reduce(reduce)
+    if out is not None:
+        check_out(out, jacobians.shape, engines[0].like)
+        jacobians.dense(out)
+    return jacobians
+
+
+def _check_options(method: str, precision: str | None, reduce: Any, out: Any) -> None:
+    if method not in ("auto", "closed", "autograd"):
+        raise ArgumentError(f"method={method!r}", "'auto', 'closed' or 'autograd'")
+    if precision not in (None, "float32", "float64"):
+        raise ArgumentError(f"precision={precision!r}", "None, 'float32' or 'float64'")
+    if reduce is not None:
+        check_reduction(reduce)
+    if reduce is not None and out is not None:
+        raise ArgumentError(f"reduce={reduce!r} and out=", "one of the two")
+    if out is not None and not isinstance(out, Tensor):
+        raise ArgumentError(f"out of type {type(out).__name__}", "a tensor")
+
+
+def _keep(ends: tuple[End, End], shapes, rows: Any, columns: Any) -> tuple[End, End]:
+    kept = check_indices("columns", columns, shapes[0]), check_indices("rows", rows, shapes[1])
+    return replace(ends[0], indices=kept[0]), replace(ends[1], indices=kept[1])
+
+
+class _Maker:
+    """Chooses and makes the engine of each example."""
+
+    def __init__(self, model: Model, held: Linearization, budget: int, precision, method: Method, check: bool):
+        self.model, self.held, self.budget, self.method, self.check = model, held, budget, method, check
+        self.dtype = None if precision is None else getattr(torch, precision)
+
+    def make(
+        self, examples: list[Batch], places: list[Place], ends: tuple[End, End]
+    ) -> tuple[dict[int, Engine], list[str], float | None]:
+        """Return engines by example, what to know about the choice, and the self-check's largest error."""
+        steps, notes = self._steps(ends), []
+        engines: dict[int, Engine] = {}
+        errors: list[float] = []
+        for index, batch in enumerate(examples):
+            mine = [place for place in places if place.example == index]
+            batch = self._cut(batch, mine)
+            if steps is not None:
+                engine, why = self._closed(batch, steps, mine, ends, errors)
+                if engine is not None:
+                    engines[index] = engine
+                    continue
+                notes.append(why)
+                steps = None
+            engines[index] = self._graph(batch, ends)
+        return engines, notes, max(errors, default=None)
+
+    def _steps(self, ends: tuple[End, End]) -> list[Step] | None:
+        closed = self.method != "autograd" and not self.held.overrides
+        steps = find_steps(self.model, *ends) if closed else None
+        if steps is None and self.method == "closed":
+            raise ArgumentError(
+                f"method='closed' from {ends[0].site} to {ends[1].site} of {self.model.family}",
+                "sites of a decoder's stream, branches or norms, without overrides", "method='auto' runs autograd",
+            )  # fmt: skip
+        return steps
+
+    def _closed(
+        self, batch: Batch, steps: list[Step], places: list[Place], ends: tuple[End, End], errors: list[float]
+    ) -> tuple[Engine | None, str]:
+        try:
+            engine = ChainEngine(self.model, batch, steps, places, self.held, 1, self.dtype)
+        except _NO_CLOSED_FORM as error:
+            if self.method == "closed":
+                raise
+            return None, f"no closed form: {error}"
+        engine.chunk = probes_within(self.budget, probe_bytes(engine))
+        if self.check:
+            error, culprit = check_chain(self.model, batch, engine, places, ends)
+            if culprit:
+                message = f"the closed form of {culprit} is off by {error:.1e} from autograd, which is used instead"
+                if self.method == "closed":
+                    raise ArgumentError(message, "a block that the closed form fits", "method='auto' runs autograd")
+                warnings.warn(message, FallbackWarning, stacklevel=5)
+                return None, message
+            errors.append(error)
+        return engine, ""
+
+    def _graph(self, batch: Batch, ends: tuple[End, End]) -> Engine:
+        engine = GraphEngine(self.model, batch, ends, self.held, 1, is_local_pair(self.model, ends))
+        engine.chunk = probes_within(self.budget, probe_bytes(engine))
+        return engine
+
+    def _cut(self, batch: Batch, places: list[Place]) -> Batch:
+        """A causal model's example up to the last target: what follows does not matter."""
+        causal = self.model.layout is not None and self.model.layout.modality == "tokens"
+        plain = batch.ids is not None and set(batch.kwargs) <= {"input_ids", "use_cache"} and len(batch.args) <= 1
+        if not causal or not plain or any(p.targets is None for p in places):
+            return batch
+        stop = 1 + max(max(p.targets or (0,)) for p in places)
+        assert batch.ids is not None
+        return batch if stop >= batch.ids.shape[1] else self.model.batch(batch.ids[:, :stop])
+
+
+def is_local_pair(model: Model, ends: tuple[End, End]) -> bool:
+    """Whether no attention lies between two sites, so that positions do not mix."""
+    if model.bindings is None or not all(end.has_positions for end in ends):
+        return False
+    if any(end.binding.where.startswith("raw") for end in ends):
+        return False
+    scores = [b.order for name, b in model.bindings.by_address.items() if name.endswith("attn.hook_attn_scores")]
+    first, last = (sum(order < end.binding.order for order in scores) for end in ends)
+    return first == last
