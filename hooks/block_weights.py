@@ -134,9 +134,11 @@ _KNOWN: tuple[Callable[[Tensor], Tensor], ...] = (
 
 
 def _functions(block: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Modules without parameters and children, and plain functions, that a block's modules hold."""
+    """Modules without parameters, buffers and children, and plain functions, that a block's modules hold."""
     for module in block.modules():
-        leaf = next(module.children(), None) is None and next(module.parameters(), None) is None
+        leaf = not any(
+            next(own, None) is not None for own in (module.children(), module.parameters(), module.buffers())
+        )
         if leaf and not isinstance(module, (nn.Dropout, nn.Identity)):
             yield module
         for name, value in vars(module).items():

@@ -30,6 +30,8 @@ class Probe(Intervention):
 
     def apply(self, value, context):
         """value + 0."""
+        if not value.is_floating_point():
+            raise InterventionError(f"a gradient at {self.site}, of dtype {value.dtype}", "a floating-point site")
         leaf = mark_live(torch.zeros_like(value, requires_grad=True))
         object.__setattr__(self, "leaf", leaf)
         return value + leaf

@@ -215,18 +215,18 @@ class ChainEngine(Engine):
         span = self._span(place)
         x = self._widen(v, place.sources, span)
         for step, branches in self.stages:
-            moved = sum(branch.push(x, span) for branch in branches)
+            moved = _sum([branch.push(x, span) for branch in branches])
             x = x + moved if step.skip else moved
-        return self._narrow(x, place.targets, span)  # type: ignore[arg-type]
+        return self._narrow(x, place.targets, span)
 
     def pull(self, place: Place, w: Tensor) -> Tensor:
         """Through the steps in reverse."""
         span = self._span(place)
         y = self._widen(w, place.targets, span)
         for step, branches in reversed(self.stages):
-            moved = sum(branch.pull(y, span) for branch in branches)
+            moved = _sum([branch.pull(y, span) for branch in branches])
             y = y + moved if step.skip else moved
-        return self._narrow(y, place.sources, span)  # type: ignore[arg-type]
+        return self._narrow(y, place.sources, span)
 
     def dense(
         self, place: Place, rows: Tensor | None, columns: Tensor | None, out: Tensor | None = None
@@ -255,7 +255,8 @@ class ChainEngine(Engine):
         return k > d / max((3 if gated.q is not None else 2) - d / f, 1.0)
 
     def _compose(self, t: int, rows: Tensor | None, columns: Tensor | None, out: Tensor | None) -> Tensor:
-        last, made = len(self.stages) - 1, None
+        last = len(self.stages) - 1
+        made: Tensor | None = None
         for index, (step, branches) in enumerate(self.stages):
             keep = rows if index == last and not step.skip else None
             cut = columns if index == 0 and not step.skip else None
@@ -263,16 +264,16 @@ class ChainEngine(Engine):
             first = branches[0]
             if direct is not None and isinstance(first, GateBranch):
                 return first.dense(t, keep, cut, direct)
-            block = sum(branch.dense(t, keep, cut) for branch in branches)
+            block = _sum([branch.dense(t, keep, cut) for branch in branches])
             if made is None:
                 made = block
                 if step.skip:
-                    made.diagonal().add_(1.0)  # type: ignore[union-attr]
-                    made = made if columns is None else made[:, columns]  # type: ignore[index]
+                    made.diagonal().add_(1.0)
+                    made = made if columns is None else made[:, columns]
                 continue
-            made = torch.addmm(made, block, made) if step.skip else block @ made  # type: ignore[arg-type]
-        late = rows is not None and self.stages[last][0].skip
-        return made[rows] if late else made  # type: ignore[index, return-value]
+            made = torch.addmm(made, block, made) if step.skip else block @ made
+        assert made is not None
+        return made[rows] if rows is not None and self.stages[last][0].skip else made
 
     def _span(self, place: Place) -> slice:
         assert place.sources is not None
@@ -295,6 +296,13 @@ class ChainEngine(Engine):
         here = [i for i, p in enumerate(positions) if p < span.stop and p >= span.start]
         found[:, here] = full[:, [positions[i] - span.start for i in here]]
         return found
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def _sites(model: Model, steps: list[Step]) -> list[str]:

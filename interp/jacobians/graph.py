@@ -91,7 +91,12 @@ def _run(model: Model, batch: Batch, sources, target: End, held: Linearization) 
     probes = [Probe(read.site) for read in reads]
     edits = [probe.edit(read) for probe, read in zip(probes, reads, strict=True)]
     end = Read(target.site, target.binding)
-    session = Session(model.module, [end], edits, stop=True, keep_graph=True, size=batch.size, extent=batch.extent)
+    # A free module may run twice: only a whole run, with its own value read as well, can tell.
+    free = {read for read in reads if read.binding.where.startswith("raw")} - {end}
+    session = Session(
+        model.module, [end, *free], edits, stop=not free and not end.binding.where.startswith("raw"), keep_graph=True,
+        size=batch.size, extent=batch.extent,
+    )  # fmt: skip
     with untouched(model.module), session:
         model.module(*batch.args, **batch.kwargs)
     return session.values[end.site], [probe.leaf for probe in probes]

@@ -185,9 +185,9 @@ class AttentionBranch:
         """Query heads of a group summed."""
         return x if self.repeat == 1 else x.unflatten(-2, (-1, self.repeat)).sum(-2)
 
-    def push(self, x: Float[Tensor, "k pos d"], span: slice) -> Float[Tensor, "k pos d"]:
-        """J x."""
-        n = self.before.push(x, span)
+    def push(self, v: Float[Tensor, "k pos d"], span: slice) -> Float[Tensor, "k pos d"]:
+        """J v."""
+        n = self.before.push(v, span)
         dv = self._wide(_through(n, self.wv))
         do = torch.einsum("hpj,kjhd->kphd", self.pattern[:, span, span], dv)
         if self.turns is not None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from interp.hooks.errors import ArgumentError, MetaWeightsError, SiteUnavailableError, UnknownFamilyError
+from interp.hooks.errors import ArgumentError, InputError, MetaWeightsError, SiteUnavailableError, UnknownFamilyError
 from interp.hooks.examples import each_example
 from interp.hooks.inputs import Batch
 from interp.hooks.linearization import Linearization, LinearizationLike
@@ -84,6 +84,7 @@ def jacobian(
     _check_options(method, precision, reduce, out)
     found = find_ends(model, source, target)
     examples = each_example(model, inputs)
+    _check_inputs(examples)
     places = find_places(model, examples, found[:2], found[2:], positions)
     made = _Maker(model, held, size, precision, method, check).make(examples, places, found[:2])
     engines, notes, error = made
@@ -109,6 +110,12 @@ def _check_options(method: str, precision: str | None, reduce: Any, out: Any) ->
         raise ArgumentError(f"reduce={reduce!r} and out=", "one of the two")
     if out is not None and not isinstance(out, Tensor):
         raise ArgumentError(f"out of type {type(out).__name__}", "a tensor")
+
+
+def _check_inputs(examples: list[Batch]) -> None:
+    for value in (*examples[0].args, *examples[0].kwargs.values()):
+        if isinstance(value, Tensor) and value.is_complex():
+            raise InputError(f"an input of dtype {value.dtype}", "a float tensor", "take real and imaginary part apart")
 
 
 def _keep(ends: tuple[End, End], shapes, rows: Any, columns: Any) -> tuple[End, End]:

@@ -143,6 +143,7 @@ class _Gates:
 
     def _inner(self) -> Tensor:
         """p ⊙ W_pre' n + q ⊙ W_up' n: the neurons of c = K n."""
+        assert self.n is not None
         inner = self.p * (self.n @ self.pre.T)
         return inner if self.up is None or self.q is None else inner + self.q * (self.n @ self.up.T)
 

@@ -1,0 +1,218 @@
+"""Jacobians that cannot be had, or would be zero by structure, are refused before work, by name."""
+
+import pytest
+import torch
+
+import interp
+from interp.hooks.errors import (
+    ArgumentError,
+    CompiledModelError,
+    InputError,
+    MetaWeightsError,
+    NonFiniteError,
+    PositionError,
+    SiteError,
+    SizeError,
+    TrainModeError,
+    UnsupportedOpError,
+)
+from tests.cases import IDS, build, build_cnn, inputs_for
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+ONE, MID, OUT = torch.tensor(IDS[:1]), "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return interp.attach(build("llama"))
+
+
+CASES = {
+    "an unknown source": (dict(source="blocks.1.hook_resid_mad"), SiteError, "did you mean"),
+    "an unknown target": (dict(target="blocks.9.hook_mlp_out"), SiteError, "unknown site"),
+    "many sources": (dict(source="blocks.*.hook_resid_mid"), SiteError, "row_sweep"),
+    "a pattern": (dict(target="blocks.1.attn.hook_pattern"), SiteError, "pairs of positions"),
+    "a source behind its target": (dict(source="blocks.2.hook_resid_mid"), ArgumentError, "zero by structure"),
+    "a source beside its target": (
+        dict(source="blocks.1.attn.hook_k", target="blocks.1.attn.hook_v"), ArgumentError, "does not depend",
+    ),
+    "a position outside": (dict(positions=[7]), PositionError, "7 tokens"),
+    "a pair outside": (dict(positions=[(2, 9)]), PositionError, "7 tokens"),
+    "a pair backwards": (dict(positions=(5, 2)), PositionError, "zero by causality"),
+    "a backward pair of sites": (dict(source=f"{MID}@5", target=f"{OUT}@2"), PositionError, "zero by causality"),
+    "positions twice": (dict(source=f"{MID}@5", positions="same"), ArgumentError, "one of the two"),
+    "a word": (dict(positions="everywhere"), PositionError, "token indices"),
+    "lists for other examples": (dict(positions=[[1], [2]]), PositionError, "one for each of 1"),
+    "no rows": (dict(rows=[]), ArgumentError, "at least one"),
+    "a row outside": (dict(rows=[32]), ArgumentError, "below 32"),
+    "a column outside": (dict(columns=[(0, 1)]), ArgumentError, r"index into \[32\]"),
+    "rows by name": (dict(rows=["a"]), ArgumentError, "ints"),
+    "rows of booleans": (dict(rows=[True, False]), ArgumentError, "ints"),
+    "a linearisation": (dict(linearization="exactly"), ArgumentError, "one of exact"),
+    "a reduction": (dict(reduce="median"), ArgumentError, "svd:k"),
+    "a reduction of nothing": (dict(reduce="svd:0"), ArgumentError, "svd:k"),
+    "too many singular values": (dict(reduce="svd:400"), ArgumentError, "up to 224"),
+    "a method": (dict(method="fast"), ArgumentError, "'auto'"),
+    "a precision": (dict(precision="int8"), ArgumentError, "float64"),
+    "a budget in words": (dict(budget="plenty"), ArgumentError, "2GiB"),
+    "a budget of nothing": (dict(budget=0), ArgumentError, "more than 0"),
+    "a budget below one row": (dict(budget=1000), SizeError, "budget="),
+    "out of another shape": (dict(positions="same", out=torch.empty(7, 32, 31)), ArgumentError, r"\[7, 32, 32\]"),
+    "out of another dtype": (
+        dict(positions="same", out=torch.empty(7, 32, 32, dtype=torch.float64)), ArgumentError, "float32",
+    ),
+    "out in a graph": (
+        dict(positions="same", out=torch.empty(7, 32, 32, requires_grad=True)), ArgumentError, "without a gradient",
+    ),
+    "out that is no tensor": (dict(out="here"), ArgumentError, "a tensor"),
+    "out beside a reduction": (dict(out=torch.empty(1), reduce="mean"), ArgumentError, "one of the two"),
+    "float ids": (dict(inputs=torch.ones(1, 3)), InputError, "integers"),
+    "an override of nothing": (
+        dict(linearization=interp.Linearization(overrides={"no.such": "tangent"})), ArgumentError, "no.such",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused(llama, case):
+    options, error, text = CASES[case]
+    given = {"inputs": ONE, "source": MID, "target": OUT} | options
+    with pytest.raises(error, match=text):
+        interp.jacobian(llama, **given)
+
+
+def test_rows_named_twice_are_allowed_with_a_word(llama):
+    with pytest.warns(UserWarning, match="more than once"):
+        found = interp.jacobian(llama, ONE, MID, OUT, [3], rows=[4, 4])
+    assert torch.equal(found.dense()[0, 0], found.dense()[0, 1])
+
+
+def test_a_result_over_the_budget_names_its_bytes_and_the_smallest_remedies(llama):
+    found = interp.jacobian(llama, ONE, "blocks.0.hook_resid_pre", "blocks.2.hook_resid_post", budget=150_000)
+    with pytest.raises(SizeError) as caught:
+        found.dense()
+    needed = (7 * 32) ** 2 * 4
+    for part in (f"{needed:,} bytes", f"budget={needed}", "iterate over the chunks", "reduce=", "rows="):
+        assert part in str(caught.value)
+    v = torch.randn(7, 32)
+    assert found.matvec(v).shape == (1, 7, 32)  # what fits is still there
+
+
+def test_maps_of_different_shapes_are_not_stacked(llama):
+    found = interp.jacobian(llama, [[1, 2, 3], [4, 5]], MID, OUT)
+    with pytest.raises(ArgumentError, match="different shapes"):
+        found.dense()
+    assert [found[i].dense().shape[0] for i in range(2)] == [96, 64]
+
+
+def test_probes_of_another_shape(llama):
+    found = interp.jacobian(llama, ONE, MID, OUT, "same")
+    with pytest.raises(InputError, match=r"\[32\], or \[7, 32\]"):
+        found.matvec(torch.ones(31))
+    with pytest.raises(IndexError):
+        found[7]
+
+
+def test_training_mode():
+    model = interp.attach(build("gpt2"))
+    model.module.train()
+    for method in ("auto", "autograd"):
+        with pytest.raises(TrainModeError, match=r"model\.eval"):
+            interp.jacobian(model, ONE, MID, OUT, method=method)
+    cnn = interp.attach(build_cnn())
+    cnn.module.train()
+    with pytest.raises(TrainModeError, match="norm"):
+        interp.jacobian(cnn, torch.ones(1, 3, 6, 6), "conv:in", "head")
+
+
+def test_images_have_no_positions():
+    model = interp.attach(build("vit"))
+    with pytest.raises(PositionError, match="token inputs"):
+        interp.jacobian(model, inputs_for("vit")[:1], "blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out", "same")
+    cnn = interp.attach(build_cnn())
+    with pytest.raises(PositionError, match="token inputs"):
+        interp.jacobian(cnn, torch.ones(1, 3, 6, 6), "conv:in", "head", [1])
+    with pytest.raises(InputError, match="float"):
+        interp.jacobian(cnn, torch.ones(1, 3, 6, 6, dtype=torch.complex64), "conv:in", "head")
+
+
+def test_activations_that_are_not_finite():
+    module = build("llama")
+    module.model.layers[1].mlp.up_proj.bias.data[3] = torch.inf
+    model = interp.attach(module, check=False)
+    for method in ("auto", "autograd"):
+        with pytest.raises(NonFiniteError, match="blocks"):
+            interp.jacobian(model, ONE, MID, OUT, method=method)
+
+
+def test_what_has_no_rule_is_named_when_parts_are_held():
+    class Odd(torch.nn.Module):
+        def forward(self, x):
+            return torch.special.i1(x)
+
+    model = interp.attach(torch.nn.Sequential(torch.nn.Linear(3, 3), Odd(), torch.nn.Linear(3, 2)))
+    assert interp.jacobian(model, torch.ones(1, 3), "0", "2").dense().shape == (1, 2, 3)
+    with pytest.raises(UnsupportedOpError, match="special_i1"):
+        interp.jacobian(model, torch.ones(1, 3), "0", "2", linearization="frozen")
+
+
+def test_quantised_and_offloaded_weights_fall_back_to_autograd_with_a_note():
+    module = build("llama")
+    wanted = interp.jacobian(interp.attach(module), ONE, MID, OUT, [3]).dense()
+
+    class Packed(torch.nn.Module):
+        """A linear module of bytes and a scale."""
+
+        def __init__(self, linear):
+            super().__init__()
+            self.in_features, self.out_features = linear.in_features, linear.out_features
+            scale = linear.weight.detach().abs().max() / 127
+            self.register_buffer("codes", (linear.weight.detach() / scale).round().to(torch.int8))
+            self.register_buffer("bias", linear.bias.detach().clone())
+            self.scale = scale
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.codes * self.scale, self.bias)
+
+    module.model.layers[1].mlp.up_proj = Packed(module.model.layers[1].mlp.up_proj)
+    found = interp.jacobian(interp.attach(module, check=False), ONE, MID, OUT, [3])
+    assert "no closed form" in found.plan.notes[0]
+    assert "without a plain floating-point weight" in found.plan.notes[0]
+    error = (found.dense() - wanted).norm() / wanted.norm()
+    assert 0 < error < 0.05  # bytes round
+
+
+def test_compiled_and_meta_models():
+    module = build("llama")
+    model = interp.attach(module)
+    module.model.layers[1].compile()
+    with pytest.raises(CompiledModelError):
+        interp.jacobian(model, ONE, MID, OUT)
+    with torch.device("meta"), pytest.raises((MetaWeightsError, NotImplementedError)):
+        interp.jacobian(interp.attach(torch.nn.Linear(2, 2)), torch.ones(1, 2, device="cpu"), "", "")
+
+
+def test_a_module_that_runs_twice_is_not_a_site():
+    shared = torch.nn.Tanh()
+    model = interp.attach(torch.nn.Sequential(torch.nn.Linear(2, 2), shared, torch.nn.Linear(2, 2), shared))
+    with pytest.raises(SiteError, match="more than once"):
+        interp.jacobian(model, torch.ones(1, 2), "0", "1")
+    assert interp.jacobian(model, torch.ones(1, 2), "0", "2").dense().shape == (1, 2, 2)
+
+
+REFUSED_SWEEPS = {
+    "a target everywhere": (dict(target="logits"), ArgumentError, "one position"),
+    "many targets": (dict(target="blocks.*.hook_resid_pre@2"), ArgumentError, "selects 3"),
+    "rows and directions": (dict(rows=[1], directions=torch.ones(1, 61)), ArgumentError, "one of the two"),
+    "other directions": (dict(directions=torch.ones(1, 60)), InputError, "61"),
+    "two examples": (dict(inputs=IDS), InputError, "2 examples"),
+    "a source behind": (dict(target="blocks.0.hook_resid_mid@2"), ArgumentError, "does not depend"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_SWEEPS)
+def test_sweeps_refused(llama, case):
+    options, error, text = REFUSED_SWEEPS[case]
+    given = {"inputs": ONE, "sources": "blocks.*.hook_resid_pre", "target": "logits@-1"} | options
+    with pytest.raises(error, match=text):
+        interp.row_sweep(llama, **given)
