@@ -2,6 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
@@ -20,12 +22,27 @@ class Engine(ABC):
         shapes: Shape of source and of target at one position (whole, where there are no positions).
         chunk: How many probes run at once.
         like: A tensor of the dtype and device that results have.
+        tf32: Whether float32 products on a GPU may round their factors to tf32.
     """
 
     method: str
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     chunk: int
     like: Tensor
+    tf32: bool = False
+
+    @contextmanager
+    def products(self) -> Iterator[None]:
+        """No gradients, and float32 products as precise as was asked for, whatever the process-wide flag says."""
+        before = torch.backends.cuda.matmul.allow_tf32
+        if self.like.is_cuda:
+            torch.backends.cuda.matmul.allow_tf32 = self.tf32
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            if self.like.is_cuda:
+                torch.backends.cuda.matmul.allow_tf32 = before
 
     @abstractmethod
     def push(self, place: Place, v: Float[Tensor, "k ..."]) -> Float[Tensor, "k ..."]:

@@ -127,7 +127,8 @@ class GraphEngine(Engine):
         leaf, output = self.recording.leaves[0], self.recording.output
         skip = [2 if batch.ids is not None and end.has_positions else 1 for end in ends]
         self.shapes = tuple(leaf.shape[skip[0] :]), tuple(output.shape[skip[1] :])
-        self.like = output.detach()
+        half = output.dtype in (torch.float16, torch.bfloat16)
+        self.like = output.detach().new_empty(0, dtype=torch.float32 if half else output.dtype)
         self.method = "autograd, by rows" + (" of all positions at once" if local else "")
         self.start = batch.starts[0] if batch.ids is not None else 0
         self.weights = sum(p.numel() for p in model.module.parameters() if p.ndim > 1)
@@ -135,7 +136,8 @@ class GraphEngine(Engine):
     def push(self, place: Place, v: Tensor) -> Tensor:
         """By the derivative of the pull."""
         leaf = self.recording.leaves[0]
-        return self._narrow(self.recording.push(self._widen(v.to(leaf.dtype), place.sources, leaf)), place.targets)
+        full = self.recording.push(self._widen(v.to(leaf.dtype), place.sources, leaf))
+        return self._narrow(full, place.targets).to(self.like.dtype)
 
     def pull(self, place: Place, w: Tensor) -> Tensor:
         """By backward passes, as one batch where the network has the rules for it."""
@@ -144,7 +146,7 @@ class GraphEngine(Engine):
             self._narrow(self.recording.pull(self._widen(some, place.targets, output))[0], place.sources)
             for some in w.to(output.dtype).split(self.chunk)
         ]
-        return torch.cat(found).to(output.dtype)
+        return torch.cat(found).to(self.like.dtype)
 
     def rows_of_all(self, rows: Tensor | None) -> Float[Tensor, "pos out in"]:
         """Rows of every position's own Jacobian: one backward pass for each row, whatever the number of positions."""

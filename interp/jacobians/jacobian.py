@@ -31,7 +31,7 @@ _NO_CLOSED_FORM = (SiteUnavailableError, UnknownFamilyError, MetaWeightsError)
 def jacobian(
     model: Model, inputs: Any, source: SiteLike, target: SiteLike, positions: Any = None, *, rows: Any = None,
     columns: Any = None, reduce: str | Callable[[Tensor], Any] | None = None,
-    linearization: LinearizationLike = "exact", precision: Literal["float32", "float64"] | None = None,
+    linearization: LinearizationLike = "exact", precision: Literal["float32", "float64", "tf32"] | None = None,
     budget: int | str = "2GiB", out: Tensor | None = None, method: Method = "auto", check: bool = True,
 ) -> Jacobians | JacobianSummary:  # fmt: skip
     """Return the Jacobians J[n, o, i] = d target_o / d source_i between two sites.
@@ -57,7 +57,8 @@ def jacobian(
             products of all pairs), ``trace``, ``svd:k`` (k singular values of each), or a function of chunks
             [n, out, in]. Means, norms, grams and traces of MLPs never form a Jacobian.
         linearization: What is held: ``exact`` is the derivative; ``frozen``, ``path`` or another holds parts.
-        precision: dtype of weights and sums in closed forms; by default float32, or float64 for float64 models.
+        precision: dtype of weights and sums in closed forms; by default float32, or float64 for float64 models. The
+            process-wide flag for tf32 has no say; ``tf32`` allows it, on a GPU.
         budget: Bytes for scratch and dense result, ``"2GiB"`` or a number.
         out: Tensor [n, out, in] that is filled at once.
         method: ``auto``, or only ``closed`` forms, or only ``autograd``.
@@ -102,8 +103,8 @@ def jacobian(
 def _check_options(method: str, precision: str | None, reduce: Any, out: Any) -> None:
     if method not in ("auto", "closed", "autograd"):
         raise ArgumentError(f"method={method!r}", "'auto', 'closed' or 'autograd'")
-    if precision not in (None, "float32", "float64"):
-        raise ArgumentError(f"precision={precision!r}", "None, 'float32' or 'float64'")
+    if precision not in (None, "float32", "float64", "tf32"):
+        raise ArgumentError(f"precision={precision!r}", "None, 'float32', 'float64' or 'tf32'")
     if reduce is not None:
         check_reduction(reduce)
     if reduce is not None and out is not None:
@@ -116,6 +117,8 @@ def _check_inputs(examples: list[Batch]) -> None:
     for value in (*examples[0].args, *examples[0].kwargs.values()):
         if isinstance(value, Tensor) and value.is_complex():
             raise InputError(f"an input of dtype {value.dtype}", "a float tensor", "take real and imaginary part apart")
+    if examples[0].kwargs.get("past_key_values") is not None:
+        raise InputError("past_key_values", "whole texts", "what a cache holds would count as constant")
 
 
 def _keep(ends: tuple[End, End], shapes, rows: Any, columns: Any) -> tuple[End, End]:
@@ -128,7 +131,10 @@ class _Maker:
 
     def __init__(self, model: Model, held: Linearization, budget: int, precision, method: Method, check: bool):
         self.model, self.held, self.budget, self.method, self.check = model, held, budget, method, check
-        self.dtype = None if precision is None else getattr(torch, precision)
+        self.tf32 = precision == "tf32"
+        self.dtype = getattr(torch, "float32" if self.tf32 else precision) if precision else None
+        if self.tf32 and model.device.type != "cuda":
+            raise ArgumentError(f"precision='tf32' on {model.device}", "a CUDA device", "use float32")
 
     def make(
         self, examples: list[Batch], places: list[Place], ends: tuple[End, End]
@@ -151,13 +157,15 @@ class _Maker:
         return engines, notes, max(errors, default=None)
 
     def _steps(self, ends: tuple[End, End]) -> list[Step] | None:
-        closed = self.method != "autograd" and not self.held.overrides
+        devices = {p.device for p in self.model.module.parameters()}
+        closed = self.method != "autograd" and not self.held.overrides and len(devices) == 1
         steps = find_steps(self.model, *ends) if closed else None
         if steps is None and self.method == "closed":
             raise ArgumentError(
                 f"method='closed' from {ends[0].site} to {ends[1].site} of {self.model.family}",
-                "sites of a decoder's stream, branches or norms, without overrides", "method='auto' runs autograd",
-            )  # fmt: skip
+                "sites of a decoder's stream, branches or norms, on one device, without overrides",
+                "method='auto' runs autograd",
+            )
         return steps
 
     def _closed(
@@ -169,7 +177,7 @@ class _Maker:
             if self.method == "closed":
                 raise
             return None, f"no closed form: {error}"
-        engine.chunk = probes_within(self.budget, probe_bytes(engine))
+        engine.chunk, engine.tf32 = probes_within(self.budget, probe_bytes(engine)), self.tf32
         if self.check:
             error, culprit = check_chain(self.model, batch, engine, places, ends)
             if culprit:

@@ -45,7 +45,8 @@ class JacobianMap(LinearMap):
 
         def apply(v: Tensor) -> Tensor:
             full = engine.spread(place, end, ends[end].indices, v.flatten(1))
-            out = engine.pull(place, full) if end else engine.push(place, full)
+            with engine.products():
+                out = engine.pull(place, full) if end else engine.push(place, full)
             flat = engine.keep(place, 1 - end, ends[1 - end].indices, out)
             return flat.reshape(len(v), *(self.in_shape if end else self.out_shape))
 
@@ -61,7 +62,8 @@ class JacobianMap(LinearMap):
         size = rows * columns * self._engine.like.element_size()
         refuse_large(size, self._owner.plan.budget if max_bytes is None else max_bytes, 1, rows, columns)
         source, target = self._owner.ends
-        return self._engine.dense(self.place, target.indices, source.indices)
+        with self._engine.products():
+            return self._engine.dense(self.place, target.indices, source.indices)
 
     def __repr__(self) -> str:
         return f"JacobianMap({self.target} by {self.source}, {list(self.out_shape)} x {list(self.in_shape)})"
@@ -159,8 +161,9 @@ class Jacobians:
         if isinstance(engine, GraphEngine) and engine.local and all(p.single == (True, True) for p in places):
             found = engine.rows_of_all(rows)[[engine.start + (p.sources or (0,))[0] for p in places]]
             return out.copy_(found if columns is None else found[..., columns.to(found.device)])
-        for place, one in zip(places, out, strict=True):
-            engine.dense(place, rows, columns, one)
+        with engine.products():
+            for place, one in zip(places, out, strict=True):
+                engine.dense(place, rows, columns, one)
         return out
 
     def matvec(self, v: Float[Tensor, "..."]) -> Float[Tensor, "n ..."]:
@@ -206,7 +209,8 @@ class Jacobians:
             # Positions do not mix: all of them go through at once.
             together = replace(places[0], sources=tuple(where), targets=tuple(where), single=(False, False))
             full = engine.spread(together, end, self.ends[end].indices, v.flatten()[None])
-            flat = engine.keep(together, 1 - end, self.ends[1 - end].indices, apply(together, full))
+            with engine.products():
+                flat = engine.keep(together, 1 - end, self.ends[1 - end].indices, apply(together, full))
             return flat.reshape(len(places), *self.shapes_of(places[0])[1 - end])
         maps = [JacobianMap(self, place) for place in places]
         return torch.stack([m.rmatvec(x) if end else m.matvec(x) for m, x in zip(maps, v, strict=True)])

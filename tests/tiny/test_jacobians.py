@@ -67,10 +67,11 @@ def test_stream_to_stream_over_blocks(name):
 HELD = ["frozen", "path", interp.Linearization(norm="frozen"), interp.Linearization("gain", product="split")]
 
 
-@pytest.mark.parametrize(("name", "held"), [
-    *((name, "frozen") for name in DECODERS if name != "mixtral"), *(("llama", held) for held in HELD[1:]),
-    *(("gemma2", held) for held in HELD[1:]),
-], ids=str)  # fmt: skip
+TAPED = [(name, "frozen") for name in ("llama", "gpt2", "olmo2", "neox-parallel", "cohere", "granite", "gemma2")]
+TAPED += [(name, held) for name in ("llama", "gemma2") for held in HELD[1:]]
+
+
+@pytest.mark.parametrize(("name", "held"), TAPED, ids=str)
 def test_closed_forms_agree_with_the_taped_network(name, held):
     model, ids = interp.attach(build(name, dtype=dtype_of(name))), inputs_for(name)[:1]
     parallel = model.layout.parallel
@@ -82,8 +83,7 @@ def test_closed_forms_agree_with_the_taped_network(name, held):
     for source, target, positions in cases:
         options = {"positions": positions, "linearization": held}
         plain = interp.jacobian(model, ids, source, target, method="autograd", **options)
-        fast = interp.jacobian(model, ids, source, target, **options)
-        assert fast.plan.notes == []
+        fast = interp.jacobian(model, ids, source, target, check=False, method="closed", **options)
         assert relative(fast.dense(), plain.dense()) < CLOSE, (source, target)
 
 
@@ -95,6 +95,18 @@ def test_float64_is_exact_where_the_model_is(name):
     found = interp.jacobian(model, ids, source, "blocks.1.hook_mlp_out", "same")
     plain = interp.jacobian(model, ids, source, "blocks.1.hook_mlp_out", "same", method="autograd")
     assert relative(found.dense(), plain.dense()) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_give_float32_results(dtype):
+    ids = inputs_for("llama")[:1]
+    model, wide = interp.attach(build("llama", dtype=dtype)), interp.attach(build("llama", dtype=dtype).float())
+    for ends, positions in (((SOURCE, MLP), "same"), (ENDS, [(2, 5)])):
+        wanted = interp.jacobian(wide, ids, *ends, positions).dense()
+        for method, tolerance in (("closed", 5e-2), ("autograd", 5e-2)):
+            found = interp.jacobian(model, ids, *ends, positions, method=method).dense()
+            assert found.dtype == torch.float32
+            assert relative(found, wanted) < tolerance, (ends, method)
 
 
 @pytest.fixture(scope="module")
@@ -215,9 +227,10 @@ def test_attention_paths_add_up(hand):
 SOURCE, MLP = "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "granite", "gemma2"])
-@pytest.mark.parametrize("target", ["hook_mlp_out", "hook_resid_post"])
-@pytest.mark.parametrize("held", ["exact", "frozen"])
+@pytest.mark.parametrize(("name", "target", "held"), [
+    ("llama", "hook_resid_post", "exact"), ("llama", "hook_mlp_out", "frozen"), ("gpt2", "hook_mlp_out", "exact"),
+    ("granite", "hook_resid_post", "frozen"), ("gemma2", "hook_mlp_out", "exact"),
+])  # fmt: skip
 def test_summaries_equal_those_of_the_matrices(name, target, held):
     model = interp.attach(build(name, dtype=torch.float64))
     many = [row * 4 for row in MIXED]  # enough tokens for the closed form of a gram matrix to be cheaper

@@ -54,6 +54,7 @@ CASES = {
     "too many singular values": (dict(reduce="svd:400"), ArgumentError, "up to 224"),
     "a method": (dict(method="fast"), ArgumentError, "'auto'"),
     "a precision": (dict(precision="int8"), ArgumentError, "float64"),
+    "tf32 without a GPU": (dict(precision="tf32"), ArgumentError, "CUDA"),
     "a budget in words": (dict(budget="plenty"), ArgumentError, "2GiB"),
     "a budget of nothing": (dict(budget=0), ArgumentError, "more than 0"),
     "a budget below one row": (dict(budget=1000), SizeError, "budget="),
