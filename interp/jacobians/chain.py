@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.hooks.errors import CompletenessError
 from interp.hooks.inputs import Batch
 from interp.hooks.layouts import child
 from interp.hooks.linearization import Linearization
@@ -21,6 +22,7 @@ from interp.jacobians.heads import AttentionBranch, attention_sites, cap_slope, 
 from interp.jacobians.places import End, Place
 from interp.propagation.reference import Reference
 
+_COMPOSED = 1e-3
 _SITE = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
@@ -200,7 +202,7 @@ class ChainEngine(Engine):
         out = ref.weights.sizes["vocab"] if steps and steps[-1].kinds == ("unembed",) else d
         self.shapes = ((d,), (out,))
         self.like = torch.empty(0, dtype=ref.weights.dtype, device=model.device)
-        self.method = "closed forms"
+        self.method, self._seen = "closed forms", False
 
     def _branch(self, step: Step, kind: str, turns) -> Branch:
         if kind == "mlp":
@@ -237,9 +239,24 @@ class ChainEngine(Engine):
             return super().dense(place, rows, columns, out)
         assert place.sources is not None
         made = self._compose(place.sources[0], rows, columns, out)
+        if not self._seen:
+            self._check_composed(place, made, rows, columns)
         if out is None:
             return made
         return out if made.data_ptr() == out.data_ptr() else out.copy_(made)
+
+    def _check_composed(self, place: Place, made: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
+        """Compare the first matrix that was put together with one pull."""
+        self._seen = True
+        generator = torch.Generator().manual_seed(1)
+        w = torch.randn(1, len(made), generator=generator, dtype=torch.float64).to(made)
+        wanted = self.keep(place, 0, columns, self.pull(place, self.spread(place, 1, rows, w)))
+        error = float((w @ made - wanted).norm() / wanted.norm().clamp(min=1e-30))
+        if not error <= _COMPOSED:
+            raise CompletenessError(
+                f"a matrix of {len(self.steps)} blocks that is off by {error:.1e} from its own pull",
+                f"a relative difference below {_COMPOSED:.0e}", "method='autograd' computes it without closed forms",
+            )  # fmt: skip
 
     def composes(self, place: Place, k: int) -> bool:
         """Whether k tangents of one position cost more than building each block's matrix and multiplying.

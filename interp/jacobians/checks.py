@@ -29,7 +29,10 @@ def tolerance(model: Model) -> float:
 def check_chain(
     model: Model, batch: Batch, engine: ChainEngine, places: list[Place], ends: tuple[End, End]
 ) -> tuple[float, str]:
-    """Return the largest relative error of two products Jᵀ w, and the block at fault ('' where there is none)."""
+    """Return the largest relative error of two products Jᵀ w and of their adjoint, and the block at fault.
+
+    The block is '' where there is none.
+    """
     if not engine.steps:
         return 0.0, ""
     graph = GraphEngine(model, batch, ends, engine.held, 1)
@@ -55,7 +58,10 @@ def _error(engine: ChainEngine, graph: GraphEngine, place: Place) -> float:
     shape = (_PRODUCTS, *engine.full_shape(place, 1))
     w = torch.randn(shape, generator=generator, dtype=torch.float64).to(engine.like)
     made, wanted = engine.pull(place, w), graph.pull(place, w.to(graph.like)).to(engine.like)
-    error = _relative(made, wanted)
+    # The push against the pull: <w, J v> = <Jᵀ w, v>, over the size that such a product has.
+    v = torch.randn(made[:1].shape, generator=generator, dtype=torch.float64).to(engine.like)
+    adjoint = (w * engine.push(place, v)).flatten(1).sum(1) - (made * v).flatten(1).sum(1)
+    error = max(_relative(made, wanted), float((adjoint / made.flatten(1).norm(dim=1).clamp(min=1e-30)).abs().max()))
     return error if error == error else float("inf")
 
 

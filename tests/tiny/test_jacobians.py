@@ -335,6 +335,16 @@ def test_a_wrong_closed_form_is_noticed_named_and_replaced(monkeypatch):
     assert torch.equal(found.dense(), wanted)
 
 
+def test_a_wrongly_composed_matrix_is_refused(hand, monkeypatch):
+    from interp.hooks.errors import CompletenessError
+    from interp.jacobians.heads import AttentionBranch
+
+    right = AttentionBranch.dense
+    monkeypatch.setattr(AttentionBranch, "dense", lambda self, *at: right(self, *at) * 1.1)
+    with pytest.raises(CompletenessError, match="from its own pull"):
+        interp.jacobian(hand, IDS[:1], *ENDS, [5]).dense()
+
+
 def test_the_module_is_left_as_it_was(hand):
     before = {n: (p.requires_grad, p.grad) for n, p in hand.module.named_parameters()}
     for method in ("closed", "autograd"):
