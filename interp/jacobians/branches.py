@@ -5,6 +5,7 @@ J = (K - K n nᵀ/d)/r with K = W_out (diag(p) W_pre' + diag(q) W_up'); gain and
 weights. A norm held drops the second term. Values are [k, pos, d]; ``span`` says which positions they are.
 """
 
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -168,6 +169,16 @@ class GateBranch:
         if up is not None and q is not None:
             middle.addcmul_(up, q[:, None])
         return torch.mm(left, middle, out=out) if out is not None else left @ middle
+
+    @cached_property
+    def tables(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """E_gg, E_gu, E_uu [f, f], (W_outᵀ W_out) ⊙ (W W'ᵀ), from which inner products of Jacobians follow."""
+        pre, up = self.folded
+        outs = self.out.T @ self.out
+        gg = (pre @ pre.T).mul_(outs)
+        if up is None:
+            return gg, None, None
+        return gg, (pre @ up.T).mul_(outs), (up @ up.T).mul_(outs)
 
     def dense(
         self, position: int, rows: Tensor | None = None, columns: Tensor | None = None, out: Tensor | None = None

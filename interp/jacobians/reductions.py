@@ -204,14 +204,6 @@ class _Gates:
             found = found - (self.c * self.n).sum(1) / self.d
         return found * self.factor + (self.d if self.skip else 0)
 
-    def _tables(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """E_gg, E_gu, E_uu: (W_outᵀ W_out) ⊙ (W W'ᵀ)."""
-        outs = self.branch.out.T @ self.branch.out
-        gg = (self.pre @ self.pre.T).mul_(outs)
-        if self.up is None:
-            return gg, None, None
-        return gg, (self.pre @ self.up.T).mul_(outs), (self.up @ self.up.T).mul_(outs)
-
     def _crossed(self, q: Tensor | None) -> Tensor:
         """w = c W_out ⊙ p-side pre-activations, from which X[s, t] = w_s · p_t (and its q side) follow."""
         assert self.c is not None
@@ -221,7 +213,7 @@ class _Gates:
 
     def gram(self) -> Float[Tensor, "n n"]:
         """Inner products of all pairs."""
-        gg, gu, uu = self._tables()
+        gg, gu, uu = self.branch.tables
         found = self.p @ gg @ self.p.T
         if gu is not None and uu is not None and self.q is not None:
             mixed = self.p @ gu @ self.q.T
@@ -235,7 +227,7 @@ class _Gates:
 
     def norms_squared(self) -> Float[Tensor, "n"]:
         """Squared Frobenius norms: the diagonal of the gram matrix."""
-        gg, gu, uu = self._tables()
+        gg, gu, uu = self.branch.tables
         found = ((self.p @ gg) * self.p).sum(1)
         if gu is not None and uu is not None and self.q is not None:
             found = found + 2 * ((self.p @ gu) * self.q).sum(1) + ((self.q @ uu) * self.q).sum(1)

@@ -77,19 +77,23 @@ def summaries(model, n=128):
         return made.dense(out).flatten(1)
 
     assert (matrices() @ out.flatten(1).T - made.reduce("gram").value).abs().max() < 1e-3 * out.pow(2).sum((1, 2)).max()
+
+    def with_tables():
+        made.engines[0].stages[0][1][0].__dict__.pop("tables", None)
+        return made.reduce("gram")
+
     times = interleaved(
         {
             "mean of the matrices": lambda: matrices().mean(0),
             "`reduce='mean'`": lambda: made.reduce("mean"),
             "gram of the matrices": lambda: (lambda m: m @ m.T)(matrices()),
-            "`reduce='gram'`": lambda: made.reduce("gram"),
+            "`reduce='gram'`": with_tables,
+            "`reduce='gram'`, tables of the layer made before": lambda: made.reduce("gram"),
         },
         rounds=3,
     )
-    return [
-        ("`reduce='mean'`", times["`reduce='mean'`"] * 1e3, times["mean of the matrices"] / times["`reduce='mean'`"]),
-        ("`reduce='gram'`", times["`reduce='gram'`"] * 1e3, times["gram of the matrices"] / times["`reduce='gram'`"]),
-    ]
+    against = lambda how: times["mean of the matrices" if "mean" in how else "gram of the matrices"]
+    return [(how, t * 1e3, against(how) / t) for how, t in times.items() if how.startswith("`reduce")]
 
 
 def blocks(model, x):
@@ -158,7 +162,7 @@ def sweep(model):
 
 
 def peak(what: str) -> int:
-    """Peak resident bytes of a process that makes 64 MLP Jacobians, beyond those of one that makes none."""
+    """Bytes by which making 64 MLP Jacobians raises a process's high-water mark."""
     command = [sys.executable, "-m", "tests.benchmarks.bench_jacobians", what]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
@@ -183,7 +187,9 @@ def test_ratios():
     speed = {name: ratio for name, _, ratio in mlp(model, n=8, rounds=3)}
     assert speed["`Jacobians.dense(out)`"] >= 2.5
     assert speed["`Jacobians.dense(out)`"] >= 0.6 * speed["matrix products of the same flops"]
-    assert all(ratio >= 15 for _, _, ratio in summaries(model))
+    found = {name: ratio for name, _, ratio in summaries(model)}
+    assert found["`reduce='mean'`"] >= 30
+    assert found["`reduce='gram'`, tables of the layer made before"] >= 20
 
 
 def table(title, rows, base):
@@ -205,8 +211,9 @@ torch {torch.__version__}, 1 thread. Medians of rounds in one process in which t
 one round.
 
 {table("MLP Jacobians of 16 tokens:", single, "`jacrev`")}
-The closed form reaches {share:.2f} of the speed of plain matrix products of the same flops. For 64 tokens it takes
-{memory["dense"]:.0f} MiB beyond the result; `vmap(jacrev)` takes {memory["vmap"] - 81:.0f} MiB beyond it.
+The closed form reaches {share:.2f} of the speed of plain matrix products of the same flops. For 64 tokens it
+stays {memory["dense"]:.0f} MiB above the level that its own set-up had reached, `vmap(jacrev)`
+{memory["vmap"] - 81:.0f} MiB above it beyond its result: set-up hides what lies below it, so both are lower bounds.
 
 {table("Summaries of 128 tokens' MLP Jacobians, against the same from the matrices:", many, "the matrices")}
 {table(f"Residual stream over 4 layers, position {AT} of {LENGTH} to itself:", same, "`jacrev`")}
