@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from interp.hooks.budget import bytes_of
 from interp.hooks.errors import ArgumentError, InputError, MetaWeightsError, SiteUnavailableError, UnknownFamilyError
 from interp.hooks.examples import each_example
 from interp.hooks.inputs import Batch
@@ -20,7 +21,7 @@ from interp.jacobians.costs import make_plan, probe_bytes
 from interp.jacobians.engine import Engine
 from interp.jacobians.graph import GraphEngine
 from interp.jacobians.places import End, Place, check_indices, find_ends, find_places
-from interp.jacobians.plan import probes_within, read_budget
+from interp.jacobians.plan import probes_within
 from interp.jacobians.reductions import JacobianSummary, check_reduction
 from interp.jacobians.results import Jacobians, check_out
 
@@ -81,7 +82,7 @@ def jacobian(
         >>> J.dense().shape
         torch.Size([3, 576, 576])
     """
-    held, size = Linearization.of(linearization), read_budget(budget)
+    held, size = Linearization.of(linearization), bytes_of(budget)
     _check_options(method, precision, reduce, out)
     found = find_ends(model, source, target)
     examples = each_example(model, inputs)

@@ -1,6 +1,5 @@
 """Plan: how Jacobians will be computed and what that costs, before it is done; memory budgets."""
 
-import re
 import time
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -8,9 +7,8 @@ from typing import Any
 
 import torch
 
-from interp.hooks.errors import ArgumentError, SizeError
+from interp.hooks.errors import SizeError
 
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 # Of a budget, the part that probes may use: results, weights in the working dtype and copies take the rest.
 _FOR_PROBES = 0.25
 _MOST_PROBES = 256
@@ -71,24 +69,6 @@ def readable(size: float | int) -> str:
             return f"{size:.4g} {unit}"
         size /= 1024
     return f"{size:.4g} TiB"
-
-
-def read_budget(budget: int | str) -> int:
-    """Return a number of bytes from an int, or from a text as "2GiB".
-
-    Raises:
-        ArgumentError: If it is neither, or not positive.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", budget) if isinstance(budget, str) else None
-    if match is not None and (match[2].upper() or "B") in _UNITS:
-        size = int(float(match[1]) * _UNITS[match[2].upper() or "B"])
-    elif isinstance(budget, int) and not isinstance(budget, bool):
-        size = budget
-    else:
-        raise ArgumentError(f"budget={budget!r}", "bytes, or a text such as '2GiB'")
-    if size <= 0:
-        raise ArgumentError(f"budget={budget!r}", "more than 0 bytes")
-    return size
 
 
 def probes_within(budget: int, bytes_each: int) -> int:

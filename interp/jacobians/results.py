@@ -9,11 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.hooks.budget import bytes_of
 from interp.hooks.errors import ArgumentError, InputError
 from interp.hooks.linear_map import LinearMap
 from interp.hooks.linearization import Linearization
 from interp.hooks.site import Site
 from interp.hooks.spectra import SVD
+from interp.jacobians.costs import probe_bytes
 from interp.jacobians.engine import Engine
 from interp.jacobians.graph import GraphEngine
 from interp.jacobians.places import End, Place
@@ -38,7 +40,11 @@ class JacobianMap(LinearMap):
         self._owner, self.place, self._engine = owner, place, owner.engines[place.example]
         self.source, self.target = (_placed(end.site, p) for end, p in zip(owner.ends, _both(place), strict=True))
         shapes = owner.shapes_of(place)
-        super().__init__(self._of_engine(0), self._of_engine(1), *shapes, self._engine.like, owner.linearization)
+        each = probe_bytes(self._engine)
+        super().__init__(
+            self._of_engine(0), self._of_engine(1), *shapes, self._engine.like, owner.linearization,
+            budget=owner.plan.budget, push_bytes=each, pull_bytes=each,
+        )  # fmt: skip
 
     def _of_engine(self, end: int) -> Callable[[Tensor], Tensor]:
         engine, place, ends = self._engine, self.place, self._owner.ends
@@ -52,15 +58,16 @@ class JacobianMap(LinearMap):
 
         return apply
 
-    def dense(self, max_bytes: int | None = None) -> Float[Tensor, "out in"]:
+    def dense(self, max_bytes: int | str | None = None) -> Float[Tensor, "out in"]:
         """Return the matrix [numel of output, numel of input], output index first: d out_o / d in_i.
 
         Raises:
             SizeError: If it would be larger than ``max_bytes`` (the budget, where none is given).
+            ArgumentError: If ``max_bytes`` is no number of bytes.
         """
         rows, columns = math.prod(self.out_shape), math.prod(self.in_shape)
         size = rows * columns * self._engine.like.element_size()
-        refuse_large(size, self._owner.plan.budget if max_bytes is None else max_bytes, 1, rows, columns)
+        refuse_large(size, self.budget if max_bytes is None else bytes_of(max_bytes), 1, rows, columns)
         source, target = self._owner.ends
         with self._engine.products():
             return self._engine.dense(self.place, target.indices, source.indices)

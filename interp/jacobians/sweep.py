@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.hooks.budget import bytes_of
 from interp.hooks.errors import ArgumentError, InputError
 from interp.hooks.examples import each_example
 from interp.hooks.linearization import Linearization, LinearizationLike
@@ -16,7 +17,7 @@ from interp.hooks.site import Site, SiteLike
 from interp.jacobians.costs import LIVE
 from interp.jacobians.graph import Recording
 from interp.jacobians.places import End, check_indices
-from interp.jacobians.plan import probes_within, read_budget
+from interp.jacobians.plan import probes_within
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,7 @@ def row_sweep(
         >>> len(found), found["blocks.7.hook_resid_pre"].shape
         (30, torch.Size([2, 3, 576]))
     """
-    held, size = Linearization.of(linearization), read_budget(budget)
+    held, size = Linearization.of(linearization), bytes_of(budget)
     if rows is not None and directions is not None:
         raise ArgumentError("rows= and directions=", "one of the two")
     examples = each_example(model, inputs)

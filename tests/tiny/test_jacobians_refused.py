@@ -56,7 +56,7 @@ CASES = {
     "a precision": (dict(precision="int8"), ArgumentError, "float64"),
     "tf32 without a GPU": (dict(precision="tf32"), ArgumentError, "CUDA"),
     "a budget in words": (dict(budget="plenty"), ArgumentError, "2GiB"),
-    "a budget of nothing": (dict(budget=0), ArgumentError, "more than 0"),
+    "a budget of nothing": (dict(budget=0), ArgumentError, "positive"),
     "a budget below one row": (dict(budget=1000), SizeError, "budget="),
     "out of another shape": (dict(positions="same", out=torch.empty(7, 32, 31)), ArgumentError, r"\[7, 32, 32\]"),
     "out of another dtype": (
