@@ -55,6 +55,7 @@ _HOME = {
     "interp.runs": ["Run"],
     "interp.sequences": ["SequenceObservable"],
     "interp.steering": ["Cost", "DoseResponse", "cost", "dose_response", "orthogonalize"],
+    "interp.store": ["ActivationStore"],
 }  # fmt: skip
 _NAMES = {name: home for home, names in _HOME.items() for name in names}
 
@@ -120,18 +121,19 @@ if TYPE_CHECKING:
     from interp.runs import Run
     from interp.sequences import SequenceObservable
     from interp.steering import Cost, DoseResponse, cost, dose_response, orthogonalize
+    from interp.store import ActivationStore
 
 __all__ = [
-    "Activations", "Add", "AttentionScore", "Attribution", "AttributionSummary", "AverageGradient", "Boundary",
-    "Cost", "CouplingFit", "Dictionary", "DoseResponse", "FeatureVector", "Function", "HeadNorms", "InterpError",
-    "Intervention", "Layout", "LinearMap", "LinearScope", "Linearization", "LogitLens", "LowDataComparison", "Mean",
-    "MeanPoint", "Model", "Observable", "ObservableComparison", "ObservableSet", "Patch", "PatchGrid", "Path",
-    "PathSearch", "ProjectOut", "Reference", "Run", "Scale", "SequenceObservable", "Set", "Site", "Step", "Table",
-    "Totals", "Unit", "Votes", "Zero", "attach", "attention_score", "attribute_dataset", "attribution_patching",
-    "chart", "compare_observables", "contrast_attribution", "cosine", "cost", "coupling", "coupling_range",
-    "direct_attribution", "dose_response", "edge_attribution", "find_paths", "head_norms", "load", "load_plan",
-    "logit_lens", "low_data_comparison", "orthogonalize", "pairwise", "patch_grid", "path_patch", "pattern_effects",
-    "propagate", "propagate_all", "register_unit", "save_plan", "validate_coupling",
+    "ActivationStore", "Activations", "Add", "AttentionScore", "Attribution", "AttributionSummary", "AverageGradient",
+    "Boundary", "Cost", "CouplingFit", "Dictionary", "DoseResponse", "FeatureVector", "Function", "HeadNorms",
+    "InterpError", "Intervention", "Layout", "LinearMap", "LinearScope", "Linearization", "LogitLens",
+    "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable", "ObservableComparison", "ObservableSet", "Patch",
+    "PatchGrid", "Path", "PathSearch", "ProjectOut", "Reference", "Run", "Scale", "SequenceObservable", "Set", "Site",
+    "Step", "Table", "Totals", "Unit", "Votes", "Zero", "attach", "attention_score", "attribute_dataset",
+    "attribution_patching", "chart", "compare_observables", "contrast_attribution", "cosine", "cost", "coupling",
+    "coupling_range", "direct_attribution", "dose_response", "edge_attribution", "find_paths", "head_norms", "load",
+    "load_plan", "logit_lens", "low_data_comparison", "orthogonalize", "pairwise", "patch_grid", "path_patch",
+    "pattern_effects", "propagate", "propagate_all", "register_unit", "save_plan", "validate_coupling",
 ]  # fmt: skip
 
 
