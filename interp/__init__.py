@@ -13,7 +13,7 @@ _HOME = {
     "interp.hooks.attach": ["attach", "load"],
     "interp.hooks.errors": ["InterpError"],
     "interp.hooks.interventions": [
-        "Add", "Function", "Intervention", "Mean", "Patch", "ProjectOut", "Scale", "Set", "Zero", "load_plan",
+        "Add", "Erase", "Function", "Intervention", "Mean", "Patch", "ProjectOut", "Scale", "Set", "Zero", "load_plan",
         "save_plan",
     ],
     "interp.hooks.layouts": ["Layout"],
@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from interp.hooks.errors import InterpError
     from interp.hooks.interventions import (
         Add,
+        Erase,
         Function,
         Intervention,
         Mean,
@@ -125,8 +126,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ActivationStore", "Activations", "Add", "AttentionScore", "Attribution", "AttributionSummary", "AverageGradient",
-    "Boundary", "Cost", "CouplingFit", "Dictionary", "DoseResponse", "FeatureVector", "Function", "HeadNorms",
-    "InterpError", "Intervention", "Layout", "LinearMap", "LinearScope", "Linearization", "LogitLens",
+    "Boundary", "Cost", "CouplingFit", "Dictionary", "DoseResponse", "Erase", "FeatureVector", "Function",
+    "HeadNorms", "InterpError", "Intervention", "Layout", "LinearMap", "LinearScope", "Linearization", "LogitLens",
     "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable", "ObservableComparison", "ObservableSet", "Patch",
     "PatchGrid", "Path", "PathSearch", "ProjectOut", "Reference", "Run", "Scale", "SequenceObservable", "Set", "Site",
     "Step", "Table", "Totals", "Unit", "Votes", "Zero", "attach", "attention_score", "attribute_dataset",

@@ -10,6 +10,7 @@ _HOME = {
     "interp.probes.codelength": ["Codelength", "online_codelength"],
     "interp.probes.contrast": ["CCSProbe"],
     "interp.probes.controls": ["PermutationTest", "Selectivity", "control_task", "permutation_test", "selectivity"],
+    "interp.probes.erasure": ["LeaceEraser", "LeaceFitter", "ablate_direction"],
     "interp.probes.evaluation": ["Evaluation", "evaluate"],
     "interp.probes.intervals": ["Interval", "bootstrap_ci", "mcnemar", "wilson"],
     "interp.probes.linear": ["LDAProbe", "LogisticProbe", "MassMeanProbe", "RidgeProbe"],
@@ -23,6 +24,7 @@ _HOME = {
     "interp.probes.scores": ["Calibration", "apply_temperature", "calibration", "fit_temperature", "score_table"],
     "interp.probes.splits": ["Grouping", "duplicate_groups", "outer_folds"],
     "interp.probes.tokens": ["FirstTokenWarning", "TokenSets"],
+    "interp.probes.use": ["ProbeUse", "erase_layers", "probe_use"],
 }  # fmt: skip
 _NAMES = {name: home for home, names in _HOME.items() for name in names}
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from interp.probes.codelength import Codelength, online_codelength
     from interp.probes.contrast import CCSProbe
     from interp.probes.controls import PermutationTest, Selectivity, control_task, permutation_test, selectivity
+    from interp.probes.erasure import LeaceEraser, LeaceFitter, ablate_direction
     from interp.probes.evaluation import Evaluation, evaluate
     from interp.probes.intervals import Interval, bootstrap_ci, mcnemar, wilson
     from interp.probes.linear import LDAProbe, LogisticProbe, MassMeanProbe, RidgeProbe
@@ -46,13 +49,15 @@ if TYPE_CHECKING:
     from interp.probes.scores import Calibration, apply_temperature, calibration, fit_temperature, score_table
     from interp.probes.splits import Grouping, duplicate_groups, outer_folds
     from interp.probes.tokens import FirstTokenWarning, TokenSets
+    from interp.probes.use import ProbeUse, erase_layers, probe_use
 
 __all__ = [
     "AttentionProbe", "BilinearProbe", "BranchPoint", "CCSProbe", "Calibration", "Codelength", "Evaluation",
-    "FirstTokenWarning", "Grouping", "Interval", "KNNProbe", "LDAProbe", "LogisticProbe", "MLPProbe", "MassMeanProbe",
-    "MomentFeatures", "MomentHead", "MomentProbe", "PSRPAdapter", "PermutationTest", "RidgeProbe", "Selectivity",
-    "TokenSets", "apply_temperature", "bootstrap_ci", "calibration", "control_task", "duplicate_groups", "evaluate",
-    "fit_sites", "fit_temperature", "load_probe", "mcnemar", "online_codelength", "outer_folds", "permutation_test",
+    "FirstTokenWarning", "Grouping", "Interval", "KNNProbe", "LDAProbe", "LeaceEraser", "LeaceFitter",
+    "LogisticProbe", "MLPProbe", "MassMeanProbe", "MomentFeatures", "MomentHead", "MomentProbe", "PSRPAdapter",
+    "PermutationTest", "ProbeUse", "RidgeProbe", "Selectivity", "TokenSets", "ablate_direction", "apply_temperature",
+    "bootstrap_ci", "calibration", "control_task", "duplicate_groups", "erase_layers", "evaluate", "fit_sites",
+    "fit_temperature", "load_probe", "mcnemar", "online_codelength", "outer_folds", "permutation_test", "probe_use",
     "save_probe", "score_table", "selectivity", "train_adapter", "wilson",
 ]  # fmt: skip
 
