@@ -10,6 +10,7 @@ _HOME = {
     "interp.probes.codelength": ["Codelength", "online_codelength"],
     "interp.probes.contrast": ["CCSProbe"],
     "interp.probes.controls": ["PermutationTest", "Selectivity", "control_task", "permutation_test", "selectivity"],
+    "interp.probes.curves": ["LearningCurve", "TransferMatrix", "learning_curve", "transfer_matrix"],
     "interp.probes.erasure": ["LeaceEraser", "LeaceFitter", "ablate_direction"],
     "interp.probes.evaluation": ["Evaluation", "evaluate"],
     "interp.probes.intervals": ["Interval", "bootstrap_ci", "mcnemar", "wilson"],
@@ -23,6 +24,7 @@ _HOME = {
     "interp.probes.saving": ["load_probe", "save_probe"],
     "interp.probes.scores": ["Calibration", "apply_temperature", "calibration", "fit_temperature", "score_table"],
     "interp.probes.splits": ["Grouping", "duplicate_groups", "outer_folds"],
+    "interp.probes.sweep": ["ProbeSweep", "sweep"],
     "interp.probes.tokens": ["FirstTokenWarning", "TokenSets"],
     "interp.probes.use": ["ProbeUse", "erase_layers", "probe_use"],
 }  # fmt: skip
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from interp.probes.codelength import Codelength, online_codelength
     from interp.probes.contrast import CCSProbe
     from interp.probes.controls import PermutationTest, Selectivity, control_task, permutation_test, selectivity
+    from interp.probes.curves import LearningCurve, TransferMatrix, learning_curve, transfer_matrix
     from interp.probes.erasure import LeaceEraser, LeaceFitter, ablate_direction
     from interp.probes.evaluation import Evaluation, evaluate
     from interp.probes.intervals import Interval, bootstrap_ci, mcnemar, wilson
@@ -48,17 +51,19 @@ if TYPE_CHECKING:
     from interp.probes.saving import load_probe, save_probe
     from interp.probes.scores import Calibration, apply_temperature, calibration, fit_temperature, score_table
     from interp.probes.splits import Grouping, duplicate_groups, outer_folds
+    from interp.probes.sweep import ProbeSweep, sweep
     from interp.probes.tokens import FirstTokenWarning, TokenSets
     from interp.probes.use import ProbeUse, erase_layers, probe_use
 
 __all__ = [
     "AttentionProbe", "BilinearProbe", "BranchPoint", "CCSProbe", "Calibration", "Codelength", "Evaluation",
     "FirstTokenWarning", "Grouping", "Interval", "KNNProbe", "LDAProbe", "LeaceEraser", "LeaceFitter",
-    "LogisticProbe", "MLPProbe", "MassMeanProbe", "MomentFeatures", "MomentHead", "MomentProbe", "PSRPAdapter",
-    "PermutationTest", "ProbeUse", "RidgeProbe", "Selectivity", "TokenSets", "ablate_direction", "apply_temperature",
-    "bootstrap_ci", "calibration", "control_task", "duplicate_groups", "erase_layers", "evaluate", "fit_sites",
-    "fit_temperature", "load_probe", "mcnemar", "online_codelength", "outer_folds", "permutation_test", "probe_use",
-    "save_probe", "score_table", "selectivity", "train_adapter", "wilson",
+    "LearningCurve", "LogisticProbe", "MLPProbe", "MassMeanProbe", "MomentFeatures", "MomentHead", "MomentProbe",
+    "PSRPAdapter", "PermutationTest", "ProbeSweep", "ProbeUse", "RidgeProbe", "Selectivity", "TokenSets",
+    "TransferMatrix", "ablate_direction", "apply_temperature", "bootstrap_ci", "calibration", "control_task",
+    "duplicate_groups", "erase_layers", "evaluate", "fit_sites", "fit_temperature", "learning_curve", "load_probe",
+    "mcnemar", "online_codelength", "outer_folds", "permutation_test", "probe_use", "save_probe", "score_table",
+    "selectivity", "sweep", "train_adapter", "transfer_matrix", "wilson",
 ]  # fmt: skip
 
 

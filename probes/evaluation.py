@@ -137,7 +137,7 @@ def evaluate(
         {name: float(np.std([t[name] for t in tables], ddof=1)) if len(tables) > 1 else float("nan")
          for name in tables[0]},
         score_intervals(truth, found, kept, level, seeds[0]),
-        _control_runs(probe, X, numbers, joined, types, folds, seeds, controls, on_missing_class),
+        _control_runs(probe, X, numbers, tables[0], joined, types, folds, seeds[0], controls, on_missing_class),
         float(frequencies.max()), float(-(frequencies[frequencies > 0] * np.log(frequencies[frequencies > 0])).sum()),
         None if grouping is None else grouping.duplicates, None if kept is None else len(np.unique(kept)),
         float(np.mean([c for _, c in runs])),
@@ -155,17 +155,16 @@ def _held_out(
     return found, float(np.mean(converged))
 
 
-def _control_runs(probe, X, y, groups, types, folds, seeds, controls, on_missing) -> Selectivity | None:
+def _control_runs(probe, X, y, scores, groups, types, folds, seed, controls, on_missing) -> Selectivity | None:
     if not controls:
         return None
-    split = outer_folds(y, groups, folds, seeds[0], on_missing_class=on_missing)
-    made = [
-        shuffled(y, groups, seeds[0] + 1 + i) if types is None else control_task(y, types, seeds[0] + 1 + i)
-        for i in range(controls)
-    ]
-    scores = [held_out_score(probe, X, labels, split, groups, seeds[0]) for labels in (y, *made)]
+    split = outer_folds(y, groups, folds, seed, on_missing_class=on_missing)
+    found = []
+    for draw in range(controls):
+        labels = shuffled(y, groups, seed + 1 + draw) if types is None else control_task(y, types, seed + 1 + draw)
+        found.append(held_out_score(probe, X, labels, split, groups, seed))
     kind = "shuffled labels" if types is None else "control task"
-    return Selectivity(scores[0], np.array(scores[1:]), 1 / len(np.unique(y)), kind)
+    return Selectivity(scores["balanced_accuracy"], np.array(found), 1 / len(np.unique(y)), kind)
 
 
 def score_intervals(
