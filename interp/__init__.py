@@ -30,6 +30,7 @@ _HOME = {
     "interp.attribution_contrast": ["contrast_attribution"],
     "interp.attribution_data": ["AttributionSummary", "attribute_dataset"],
     "interp.data_free": ["HeadNorms", "head_norms"],
+    "interp.datasets": ["LabelledTexts", "labelled_texts"],
     "interp.dictionaries": ["Dictionary"],
     "interp.lens": ["LogitLens", "logit_lens"],
     "interp.low_data": ["LowDataComparison", "low_data_comparison"],
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from interp.attribution_contrast import contrast_attribution
     from interp.attribution_data import AttributionSummary, attribute_dataset
     from interp.data_free import HeadNorms, head_norms
+    from interp.datasets import LabelledTexts, labelled_texts
     from interp.dictionaries import Dictionary
     from interp.hooks.activations import Activations
     from interp.hooks.attach import attach, load
@@ -127,14 +129,15 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationStore", "Activations", "Add", "AttentionScore", "Attribution", "AttributionSummary", "AverageGradient",
     "Boundary", "Cost", "CouplingFit", "Dictionary", "DoseResponse", "Erase", "FeatureVector", "Function",
-    "HeadNorms", "InterpError", "Intervention", "Layout", "LinearMap", "LinearScope", "Linearization", "LogitLens",
-    "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable", "ObservableComparison", "ObservableSet", "Patch",
-    "PatchGrid", "Path", "PathSearch", "ProjectOut", "Reference", "Run", "Scale", "SequenceObservable", "Set", "Site",
-    "Step", "Table", "Totals", "Unit", "Votes", "Zero", "attach", "attention_score", "attribute_dataset",
-    "attribution_patching", "chart", "compare_observables", "contrast_attribution", "cosine", "cost", "coupling",
-    "coupling_range", "direct_attribution", "dose_response", "edge_attribution", "find_paths", "head_norms", "load",
-    "load_plan", "logit_lens", "low_data_comparison", "orthogonalize", "pairwise", "patch_grid", "path_patch",
-    "pattern_effects", "propagate", "propagate_all", "register_unit", "save_plan", "validate_coupling",
+    "HeadNorms", "InterpError", "Intervention", "LabelledTexts", "Layout", "LinearMap", "LinearScope",
+    "Linearization", "LogitLens", "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable",
+    "ObservableComparison", "ObservableSet", "Patch", "PatchGrid", "Path", "PathSearch", "ProjectOut", "Reference",
+    "Run", "Scale", "SequenceObservable", "Set", "Site", "Step", "Table", "Totals", "Unit", "Votes", "Zero", "attach",
+    "attention_score", "attribute_dataset", "attribution_patching", "chart", "compare_observables",
+    "contrast_attribution", "cosine", "cost", "coupling", "coupling_range", "direct_attribution", "dose_response",
+    "edge_attribution", "find_paths", "head_norms", "labelled_texts", "load", "load_plan", "logit_lens",
+    "low_data_comparison", "orthogonalize", "pairwise", "patch_grid", "path_patch", "pattern_effects", "propagate",
+    "propagate_all", "register_unit", "save_plan", "validate_coupling",
 ]  # fmt: skip
 
 
