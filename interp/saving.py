@@ -40,7 +40,7 @@ _TYPES = {
     "PatchGrid": "interp.patching.grid",
     "PathSearch": "interp.path_search",
     "PermutationTest": "interp.probes.controls",
-    "ProbeSweep": "interp.probes.sweep",
+    "ProbeSweep": "interp.probes.sweeps",
     "ProbeUse": "interp.probes.use",
     "SVD": "interp.hooks.spectra",
     "Selectivity": "interp.probes.controls",

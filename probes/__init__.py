@@ -24,7 +24,7 @@ _HOME = {
     "interp.probes.saving": ["load_probe", "save_probe"],
     "interp.probes.scores": ["Calibration", "apply_temperature", "calibration", "fit_temperature", "score_table"],
     "interp.probes.splits": ["Grouping", "duplicate_groups", "outer_folds"],
-    "interp.probes.sweep": ["ProbeSweep", "sweep"],
+    "interp.probes.sweeps": ["ProbeSweep", "sweep"],
     "interp.probes.tokens": ["FirstTokenWarning", "TokenSets"],
     "interp.probes.use": ["ProbeUse", "erase_layers", "probe_use"],
 }  # fmt: skip
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from interp.probes.saving import load_probe, save_probe
     from interp.probes.scores import Calibration, apply_temperature, calibration, fit_temperature, score_table
     from interp.probes.splits import Grouping, duplicate_groups, outer_folds
-    from interp.probes.sweep import ProbeSweep, sweep
+    from interp.probes.sweeps import ProbeSweep, sweep
     from interp.probes.tokens import FirstTokenWarning, TokenSets
     from interp.probes.use import ProbeUse, erase_layers, probe_use
 

@@ -51,24 +51,30 @@ def control_task(y: Any, types: Any, seed: int = 0) -> np.ndarray:
             return found[kind]
 
 
-def shuffled(y: np.ndarray, groups: Any, seed: int) -> np.ndarray:
-    """Labels in random order, which keeps what groups say about labels.
+def shuffled(y: np.ndarray, groups: Any, folds: list[Split], seed: int) -> np.ndarray:
+    """Labels in random order within each fold, which keeps what folds and groups say about labels.
 
-    Where each group has one label, groups trade labels as wholes; where they are mixed, labels move within a group.
+    A fold that has more of a class has less of it in its training part: labels that were shuffled across folds would be
+    guessed worse than chance, and a probe that knows nothing would look better than its control. Where each group has
+    one label, groups trade labels as wholes; where they are mixed, labels move within a group.
     """
     generator = np.random.default_rng(seed)
-    if groups is None:
-        return generator.permutation(y)
-    _, names = np.unique(np.asarray(groups), return_inverse=True)
-    names = names.reshape(-1)
-    first = np.zeros(names.max() + 1, dtype=np.int64)
-    first[names[::-1]] = np.arange(len(names))[::-1]
+    tested = np.zeros((len(y), len(folds)), dtype=bool)
+    for number, (_, test) in enumerate(folds):
+        tested[test, number] = True
+    _, fold = np.unique(tested, axis=0, return_inverse=True)
+    fold = fold.reshape(-1)
+    names = np.arange(len(y)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
+    _, first = np.unique(names, return_index=True)
     if (y[first][names] == y).all():
-        return generator.permutation(y[first])[names]
-    found = y.copy()
-    for name in range(names.max() + 1):
-        members = np.flatnonzero(names == name)
-        found[members] = generator.permutation(y[members])
+        return _within(fold[first], y[first], generator)[names]
+    return _within(names, y, generator)
+
+
+def _within(strata: np.ndarray, values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Values in random order within each stratum."""
+    found = np.empty_like(values)
+    found[np.lexsort((np.arange(len(values)), strata))] = values[np.lexsort((generator.random(len(values)), strata))]
     return found
 
 
@@ -154,14 +160,15 @@ def selectivity(
     task = held_out_score(probe, X, numbers, split, groups, seed)
     found = []
     for draw in range(draws):
-        made = _control(numbers, types, groups, seed + 1 + draw)
-        found.append(held_out_score(probe, X, made, split, groups, seed))
+        labels = control_labels(numbers, types, groups, split, seed + 1 + draw)
+        found.append(held_out_score(probe, X, labels, split, groups, seed))
     kind = "shuffled labels" if types is None else "control task"
     return Selectivity(task, np.array(found), 1 / len(classes), kind)
 
 
-def _control(y: np.ndarray, types: Any, groups: Any, seed: int) -> np.ndarray:
-    return shuffled(y, groups, seed) if types is None else control_task(y, types, seed)
+def control_labels(y: np.ndarray, types: Any, groups: Any, folds: list[Split], seed: int) -> np.ndarray:
+    """Labels of `control_task` where there are types, else shuffled ones."""
+    return shuffled(y, groups, folds, seed) if types is None else control_task(y, types, seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,8 +210,8 @@ def permutation_test(
 ) -> PermutationTest:
     """Does the probe find anything at all: at one site, or at any of several?
 
-    Each draw shuffles the labels (whole groups, where a group has one label) and fits anew. A claim that one site is
-    the best needs ``p_max``.
+    Each draw shuffles the labels within folds (whole groups, where a group has one label) and fits anew. A claim that
+    one site is the best needs ``p_max``.
 
     Args:
         probe: Any classifier; one without inner cross-validation is much faster.
@@ -224,5 +231,5 @@ def permutation_test(
     numbers, _ = as_numbers(y, next(iter(sites.values())))
     split = outer_folds(numbers, groups, folds, seed)
     score = lambda labels: [held_out_score(probe, x, labels, split, groups, seed) for x in sites.values()]
-    null = [score(shuffled(numbers, groups, seed + 1 + draw)) for draw in range(draws)]
+    null = [score(shuffled(numbers, groups, split, seed + 1 + draw)) for draw in range(draws)]
     return PermutationTest([str(s) for s in sites], np.array(score(numbers)), np.array(null))

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int64
 
 from interp.hooks.errors import ArgumentError
 from interp.hooks.table import Table
-from interp.probes.controls import Selectivity, control_task, held_out_score, shuffled
+from interp.probes.controls import Selectivity, control_labels, held_out_score
 from interp.probes.fitting import as_numbers, fit, probabilities, take
 from interp.probes.intervals import DRAWS, Interval, cluster_members
 from interp.probes.scores import Calibration, calibration, log_losses, score_table
@@ -161,7 +161,7 @@ def _control_runs(probe, X, y, scores, groups, types, folds, seed, controls, on_
     split = outer_folds(y, groups, folds, seed, on_missing_class=on_missing)
     found = []
     for draw in range(controls):
-        labels = shuffled(y, groups, seed + 1 + draw) if types is None else control_task(y, types, seed + 1 + draw)
+        labels = control_labels(y, types, groups, split, seed + 1 + draw)
         found.append(held_out_score(probe, X, labels, split, groups, seed))
     kind = "shuffled labels" if types is None else "control task"
     return Selectivity(scores["balanced_accuracy"], np.array(found), 1 / len(np.unique(y)), kind)

@@ -12,7 +12,7 @@ def sweep_chart(sweep: Any, *, title: str = "") -> Any:
     """Means of each probe along the sites, with the spread over folds; dashed: on control labels; grey: majority.
 
     Args:
-        sweep: What `interp.probes.sweep` gave.
+        sweep: What `sweep` of `interp.probes` gave.
         title: Above the figure.
     """
     import altair as alt

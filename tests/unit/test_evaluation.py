@@ -245,13 +245,25 @@ def test_memorised_words_show_in_the_control_and_not_where_words_are_held_out():
     assert held.task < 0.75
 
 
-def test_shuffled_labels_keep_what_groups_say():
-    y, groups = np.repeat([0, 1, 1, 0, 1], 4), np.repeat(np.arange(5), 4)
-    found = shuffled(y, groups, 1)
-    assert all(len(set(found[groups == g])) == 1 for g in range(5))
-    assert not np.array_equal(found, y)
-    mixed = np.tile([0, 1, 1, 1], 5)
-    assert all(shuffled(mixed, groups, 2)[groups == g].sum() == 3 for g in range(5))
+def test_shuffled_labels_keep_what_folds_and_groups_say():
+    y, groups = np.repeat(np.arange(20) % 2, 4), np.repeat(np.arange(20), 4)
+    for given in (None, groups):
+        folds = outer_folds(y, given, 5)
+        found = shuffled(y, given, folds, 1)
+        assert not np.array_equal(found, y)
+        assert all(found[test].sum() == y[test].sum() for _, test in folds)
+    assert all(len(set(found[groups == g])) == 1 for g in range(20))
+    mixed = np.tile([0, 1, 1, 1], 20)
+    assert all(shuffled(mixed, groups, folds, 2)[groups == g].sum() == 3 for g in range(20))
+
+
+def test_control_labels_are_not_guessed_worse_than_chance():
+    made = np.random.default_rng(0)
+    found = [
+        selectivity(MassMeanProbe(), made.normal(size=(40, 2)), np.arange(40) % 2, draws=10, seed=seed).control
+        for seed in range(20)
+    ]
+    assert abs(np.mean(found) - 0.5) < 0.02  # 0.47 where labels are shuffled across folds
 
 
 def test_p_is_uniform_where_there_is_nothing():

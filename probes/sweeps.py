@@ -15,7 +15,7 @@ from torch import Tensor
 
 from interp.hooks.errors import ArgumentError
 from interp.hooks.table import Table
-from interp.probes.controls import control_task, shuffled
+from interp.probes.controls import control_labels
 from interp.probes.fitting import as_numbers, count, fit, probabilities, take
 from interp.probes.scores import balanced_accuracy, log_losses, score_table
 from interp.probes.splits import Split, duplicate_groups, outer_folds
@@ -262,10 +262,7 @@ def _job_rows(X: Any, job: _Job, task: _Task) -> list[dict[str, Any]]:
     if count(X) != len(task.y):
         raise ArgumentError(f"{count(X)} examples at {job.site}", f"{len(task.y)}, one for each label")
     split = outer_folds(task.y, task.groups, task.folds, job.seed)
-    if task.types is None:
-        labels = shuffled(task.y, task.groups, job.seed + 1)
-    else:
-        labels = control_task(task.y, task.types, job.seed + 1)
+    labels = control_labels(task.y, task.types, task.groups, split, job.seed + 1)
     return [_fold_row(X, job, task, labels, number, part) for number, part in enumerate(split)]
 
 
