@@ -97,8 +97,10 @@ def read_examples(model: Model, inputs: Any, skip_special: bool) -> Examples:
     if isinstance(inputs, str) or not hasattr(inputs, "__len__") or not len(inputs):
         raise InputError(f"inputs={inputs!r:.60}", "a list of texts or of token ids, or a tensor of examples")
     if model.reader.kind not in ("tokens", "encoder"):
-        tensor = inputs if isinstance(inputs, Tensor) else model.batch(inputs).args[0]
-        return Examples(tensor, torch.ones(len(tensor), dtype=torch.int64))
+        found = [inputs] if isinstance(inputs, Tensor) else list(model.batch(inputs).args)
+        if len(found) != 1 or not isinstance(found[0], Tensor):
+            raise InputError(f"inputs of type {type(inputs).__name__}", "one tensor of examples, or what becomes one")
+        return Examples(found[0], torch.ones(len(found[0]), dtype=torch.int64))
     rows: list[Tensor] = []
     for start in range(0, len(inputs), _SLICE):
         batch = model.batch(_part(inputs, start), "right")

@@ -19,7 +19,7 @@ from interp.saving import write_atomically
 
 SCHEMA = 1
 _VERSIONS = ("interp", "torch", "transformers", "safetensors")
-_TOLD = ("model.identity", "versions", "schema")  # told, not compared (versions: only while a store is unfinished)
+_TOLD = ("model.identity", "schema")  # told, not compared
 
 
 def weights_sha256(model: Model) -> str:
@@ -116,15 +116,20 @@ class StoreFiles:
             StoreError: With the first field that differs, and both values.
         """
         found = self.manifest()
-        finished = len(self.good_chunks(found["chunks"])) == found["chunks"]
         ours, theirs = _flat(manifest), _flat(found)
         for field in sorted(ours.keys() | theirs.keys(), key=_order):
-            told = field.startswith(_TOLD) and not (field.startswith("versions") and not finished)
-            if not told and ours.get(field) != theirs.get(field):
-                raise StoreError(
-                    f"{field} is {ours.get(field)!r:.100} here and {theirs.get(field)!r:.100} in {self.path}",
-                    "the store's own model, tokenizer, inputs and choices", "build it under another path",
-                )  # fmt: skip
+            if ours.get(field) == theirs.get(field) or not self._matters(field, found["chunks"]):
+                continue
+            raise StoreError(
+                f"{field} is {ours.get(field)!r:.100} here and {theirs.get(field)!r:.100} in {self.path}",
+                "the store's own model, tokenizer, inputs and choices", "build it under another path",
+            )  # fmt: skip
+
+    def _matters(self, field: str, chunks: int) -> bool:
+        """Whether a field that differs is a reason to refuse: versions only while something is still to be computed."""
+        if field.startswith("versions"):
+            return len(self.good_chunks(chunks)) < chunks
+        return not field.startswith(_TOLD)
 
     def manifest(self) -> dict[str, Any]:
         """The manifest.

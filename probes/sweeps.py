@@ -152,11 +152,11 @@ def sweep(
 
     Args:
         data: An `ActivationStore`, or a mapping from site to features of the same examples.
-        y: Labels.
+        y: Labels; None for those of the store.
         probes: Classifiers by name; or a list, named by their classes.
         sites: Which; by default all that have the pooling.
         pools: Of a store: ``mean``, ``last``, ... or ``tokens`` for token sets. Of a mapping it only names a column.
-        groups: What must not be on both sides of a split.
+        groups: What must not be on both sides of a split; by default the store's groups, if it has some.
         texts: Equal texts are kept in one group.
         types: Word types for a control task; without, control labels are shuffled ones.
         folds: Number of folds, or a splitter.
@@ -183,6 +183,10 @@ def sweep(
                             "at least one process and one seed")  # fmt: skip
     chosen = _sites(data, sites, pools)
     first = _features(data, *chosen[0])
+    if isinstance(data, ActivationStore):
+        y, groups = data.labels if y is None else y, data.groups if groups is None else groups
+    if y is None:
+        raise ArgumentError("no labels", "y=, or a store that was built with labels=")
     numbers, _ = as_numbers(y, first)
     joined = groups if texts is None else duplicate_groups(texts, groups).groups
     task = _Task(numbers, joined, types, folds, metric, control)

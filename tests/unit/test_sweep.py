@@ -104,9 +104,14 @@ def test_stores_pools_and_tokens(tmp_path):
     model = interp.attach(torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(4, 3, 1)))
     images = torch.randn(40, 1, 5, 5)
     y = (images.mean((1, 2, 3)) > 0).long()
-    store = ActivationStore.build(model, images, ["0", "1"], tmp_path / "s", pools=["mean", "max"], tokens="1")
-    found = sweep(store, y, [LogisticProbe(C=1.0)], pools=["mean", "max"], folds=3)
+    store = ActivationStore.build(
+        model, images, ["0", "1"], tmp_path / "s", pools=["mean", "max"], tokens="1", labels=y.tolist(),
+        groups=[i // 2 for i in range(40)],
+    )  # fmt: skip
+    found = sweep(store, None, [LogisticProbe(C=1.0)], pools=["mean", "max"], folds=3)
     assert {(r["site"], r["pool"]) for r in found.rows} == {(s, p) for s in "01" for p in ("mean", "max")}
+    expected = sweep(store, y, [LogisticProbe(C=1.0)], groups=np.arange(40) // 2, pools=["mean", "max"], folds=3)
+    assert [r["value"] for r in found.rows] == [r["value"] for r in expected.rows]
     tokens = sweep(store, y, {"attention": AttentionProbe(epochs=3)}, pools=["tokens"], folds=3, path=tmp_path / "w")
     assert {r["site"] for r in tokens.rows} == {"1"}
 
@@ -120,7 +125,7 @@ def test_processes_change_nothing():
 
 @pytest.mark.parametrize(("more", "match"), [
     ({"probes": [MassMeanProbe]}, "MassMeanProbe|type"), ({"probes": []}, "no probes"),
-    ({"metric": "f1"}, "metric='f1'"),
+    ({"y": None}, "no labels"), ({"metric": "f1"}, "metric='f1'"),
     ({"probes": [MassMeanProbe(), MassMeanProbe()]}, "two probes of one class"), ({"sites": ["x"]}, r"sites \['x'\]"),
     ({"y": np.arange(79) % 2}, "length 79 for 80"), ({"jobs": 0}, "jobs=0"), ({"seeds": ()}, "seeds"),
     ({"probes": {"adapter": object()}}, "an adapter changes the model"), ({"groups": [1]}, "groups of length 1"),
