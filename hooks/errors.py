@@ -124,5 +124,13 @@ class RunError(InterpError, OSError):
     """A run folder that cannot be written, read or trusted."""
 
 
+class StoreError(InterpError, OSError):
+    """A store of activations that cannot be written, read or continued."""
+
+
+class ErasureError(InterpError, ArithmeticError):
+    """A concept that is still there after its erasure."""
+
+
 class ProbeFileError(InterpError, ValueError):
     """A probe file that cannot be read or trusted."""

@@ -60,7 +60,7 @@ class Intervention:
     def apply(self, value: Tensor, context: "Context") -> Tensor:
         """Return the new value of the selected part of the site."""
         raise InterventionError(
-            "an Intervention without a kind", "Set, Add, Scale, Zero, Mean, Patch, ProjectOut or Function"
+            "an Intervention without a kind", "Set, Add, Scale, Zero, Mean, Patch, ProjectOut, Erase or Function"
         )
 
 
@@ -218,6 +218,39 @@ class ProjectOut(Intervention):
 
 
 @dataclass(frozen=True, eq=False)
+class Erase(Intervention):
+    """Move a subspace's coordinates to their mean: x - left · right · (x - mean).
+
+    With left = v and right = vᵀ for a unit vector v it is the ablation of a direction to its mean; with a concept's
+    erasure (`interp.probes.LeaceEraser`) it is oblique.
+
+    Attributes:
+        left: Where it moves [d, k].
+        right: What it reads [k, d].
+        mean: Mean of x [d].
+    """
+
+    left: Any = None
+    right: Any = None
+    mean: Any = None
+    kind = "erase"
+
+    def apply(self, value, context):
+        """The value without the subspace's deviation from its mean."""
+        dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+        made = [torch.as_tensor(part).to(value.device, dtype) for part in (self.left, self.right, self.mean)]
+        left, right, mean = made
+        width = value.shape[-1]
+        if left.ndim != 2 or right.shape != left.T.shape or mean.shape != (width,) or len(left) != width:
+            shapes = [list(part.shape) for part in made]
+            raise InterventionError(
+                f"left, right, mean {shapes} at {context.site}", f"[{width}, k], [k, {width}], [{width}]"
+            )
+        upper = value.to(dtype)
+        return (upper - ((upper - mean) @ right.T) @ left.T).to(value.dtype)
+
+
+@dataclass(frozen=True, eq=False)
 class Function(Intervention):
     """Replace by ``fn(value)``; ``fn`` must return a tensor of the same shape and not write to its argument."""
 
@@ -235,7 +268,9 @@ class Function(Intervention):
         return new
 
 
-_KINDS: dict[str, type[Intervention]] = {c.kind: c for c in (Set, Add, Scale, Zero, Mean, Patch, ProjectOut, Function)}
+_KINDS: dict[str, type[Intervention]] = {
+    c.kind: c for c in (Set, Add, Scale, Zero, Mean, Patch, ProjectOut, Erase, Function)
+}
 
 
 def save_plan(plan: PlanLike, path: str | Path) -> None:

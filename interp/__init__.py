@@ -13,8 +13,8 @@ _HOME = {
     "interp.hooks.attach": ["attach", "load"],
     "interp.hooks.errors": ["InterpError"],
     "interp.hooks.interventions": [
-        "Add", "Function", "Intervention", "Mean", "Patch", "ProjectOut", "Scale", "Set", "Zero", "load_plan",
-        "save_plan",
+        "Add", "Erase", "Function", "Intervention", "Mean", "Patch", "ProjectOut", "Scale", "Set", "Zero",
+        "load_plan", "save_plan",
     ],
     "interp.hooks.layouts": ["Layout"],
     "interp.hooks.linear_map": ["LinearMap"],
@@ -30,6 +30,7 @@ _HOME = {
     "interp.attribution_contrast": ["contrast_attribution"],
     "interp.attribution_data": ["AttributionSummary", "attribute_dataset"],
     "interp.data_free": ["HeadNorms", "head_norms"],
+    "interp.datasets": ["LabelledTexts", "labelled_texts"],
     "interp.dictionaries": ["Dictionary"],
     "interp.jacobians.checks": ["FallbackWarning"],
     "interp.jacobians.jacobian": ["jacobian"],
@@ -61,6 +62,7 @@ _HOME = {
     "interp.runs": ["Run"],
     "interp.sequences": ["SequenceObservable"],
     "interp.steering": ["Cost", "DoseResponse", "cost", "dose_response", "orthogonalize"],
+    "interp.store": ["ActivationStore"],
 }  # fmt: skip
 _NAMES = {name: home for home, names in _HOME.items() for name in names}
 
@@ -69,12 +71,14 @@ if TYPE_CHECKING:
     from interp.attribution_contrast import contrast_attribution
     from interp.attribution_data import AttributionSummary, attribute_dataset
     from interp.data_free import HeadNorms, head_norms
+    from interp.datasets import LabelledTexts, labelled_texts
     from interp.dictionaries import Dictionary
     from interp.hooks.activations import Activations
     from interp.hooks.attach import attach, load
     from interp.hooks.errors import InterpError
     from interp.hooks.interventions import (
         Add,
+        Erase,
         Function,
         Intervention,
         Mean,
@@ -132,19 +136,21 @@ if TYPE_CHECKING:
     from interp.runs import Run
     from interp.sequences import SequenceObservable
     from interp.steering import Cost, DoseResponse, cost, dose_response, orthogonalize
+    from interp.store import ActivationStore
 
 __all__ = [
-    "Activations", "Add", "AttentionScore", "Attribution", "AttributionSummary", "AverageGradient", "Boundary", "Cost",
-    "CouplingFit", "Dictionary", "DoseResponse", "FallbackWarning", "FeatureVector", "Function", "HeadNorms",
-    "InterpError", "Intervention", "JacobianMap", "JacobianSummary", "Jacobians", "Layout", "LinearMap", "LinearScope",
-    "Linearization", "LogitLens", "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable",
-    "ObservableComparison", "ObservableSet", "Patch", "PatchGrid", "Path", "PathSearch", "Plan", "ProjectOut",
-    "Reference", "RowSweep", "Run", "Scale", "SequenceObservable", "Set", "Site", "Step", "Table", "Totals", "Unit",
-    "Votes", "Zero", "attach", "attention_score", "attribute_dataset", "attribution_patching", "chart",
-    "compare_observables", "contrast_attribution", "cosine", "cost", "coupling", "coupling_range",
-    "direct_attribution", "dose_response", "edge_attribution", "find_paths", "head_norms", "jacobian", "load",
-    "load_plan", "logit_lens", "low_data_comparison", "orthogonalize", "pairwise", "patch_grid", "path_patch",
-    "pattern_effects", "propagate", "propagate_all", "register_unit", "row_sweep", "save_plan", "validate_coupling",
+    "ActivationStore", "Activations", "Add", "AttentionScore", "Attribution", "AttributionSummary",
+    "AverageGradient", "Boundary", "Cost", "CouplingFit", "Dictionary", "DoseResponse", "Erase", "FallbackWarning",
+    "FeatureVector", "Function", "HeadNorms", "InterpError", "Intervention", "JacobianMap", "JacobianSummary",
+    "Jacobians", "LabelledTexts", "Layout", "LinearMap", "LinearScope", "Linearization", "LogitLens",
+    "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable", "ObservableComparison", "ObservableSet",
+    "Patch", "PatchGrid", "Path", "PathSearch", "Plan", "ProjectOut", "Reference", "RowSweep", "Run", "Scale",
+    "SequenceObservable", "Set", "Site", "Step", "Table", "Totals", "Unit", "Votes", "Zero", "attach",
+    "attention_score", "attribute_dataset", "attribution_patching", "chart", "compare_observables",
+    "contrast_attribution", "cosine", "cost", "coupling", "coupling_range", "direct_attribution", "dose_response",
+    "edge_attribution", "find_paths", "head_norms", "jacobian", "labelled_texts", "load", "load_plan", "logit_lens",
+    "low_data_comparison", "orthogonalize", "pairwise", "patch_grid", "path_patch", "pattern_effects", "propagate",
+    "propagate_all", "register_unit", "row_sweep", "save_plan", "validate_coupling",
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,21 +22,32 @@ _TYPES = {
     "Attribution": "interp.attribution",
     "AttributionSummary": "interp.attribution_data",
     "BiasReport": "interp.hooks.votes",
+    "Calibration": "interp.probes.scores",
+    "Codelength": "interp.probes.codelength",
     "Cost": "interp.steering",
     "CouplingFit": "interp.propagation.feature_vectors",
     "DoseResponse": "interp.steering",
     "Eigen": "interp.hooks.spectra",
+    "Evaluation": "interp.probes.evaluation",
     "FeatureVector": "interp.propagation.feature_vectors",
     "HeadNorms": "interp.data_free",
+    "Interval": "interp.probes.intervals",
+    "LeaceEraser": "interp.probes.erasure",
+    "LearningCurve": "interp.probes.curves",
     "LogitLens": "interp.lens",
     "LowDataComparison": "interp.low_data",
     "ObservableComparison": "interp.propagation.comparison",
     "PatchGrid": "interp.patching.grid",
     "PathSearch": "interp.path_search",
+    "PermutationTest": "interp.probes.controls",
+    "ProbeSweep": "interp.probes.sweeps",
+    "ProbeUse": "interp.probes.use",
     "SVD": "interp.hooks.spectra",
+    "Selectivity": "interp.probes.controls",
     "Stability": "interp.hooks.stability",
     "Table": "interp.hooks.table",
     "TokenBlocks": "interp.hooks.token_blocks",
+    "TransferMatrix": "interp.probes.curves",
     "Votes": "interp.hooks.votes",
 }
 
@@ -114,6 +126,8 @@ def _take_out(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
+    if isinstance(value, np.ndarray):
+        return {"array": _take_out(torch.from_numpy(np.ascontiguousarray(value)), name, tensors)["tensor"]}
     if isinstance(value, Site):
         return {"site": str(value)}
     if isinstance(value, Linearization):
@@ -133,9 +147,11 @@ def _put_back(value: Any, tensors: dict[str, Tensor]) -> Any:
         return [_put_back(v, tensors) for v in value]
     if not isinstance(value, dict):
         return value
-    if name := value.get("tensor") or value.get("complex"):
+    if name := value.get("tensor") or value.get("complex") or value.get("array"):
         if name not in tensors:
             raise RunError(f"tensor {name!r} is missing", "the result's safetensors file")
+        if "array" in value:
+            return tensors[name].numpy()
         return tensors[name] if "tensor" in value else torch.view_as_complex(tensors[name])
     if "type" in value:
         if value["type"] not in _TYPES:

@@ -24,6 +24,7 @@ _DRAWN_BY = {
     "BiasReport": ("interp.plots.biases", "bias_chart"),
     "SVD": ("interp.plots.spectra", "svd_chart"),
     "TokenBlocks": ("interp.plots.token_blocks", "blocks_chart"),
+    "ProbeSweep": ("interp.plots.probes", "sweep_chart"),
     "PatchGrid": ("interp.plots.patching", "patch_chart"),
     "Table": ("interp.plots.bars", "table_chart"),
 }
@@ -44,7 +45,8 @@ def chart(result: Any, **options: Any) -> "altair.TopLevelMixin":
 
     Args:
         result: A LogitLens, an Attribution, HeadNorms, Votes, a LinearScope, a BiasReport, an SVD, TokenBlocks, a
-            PatchGrid, or a Table of tokens or classes with their probabilities, or with F x, r and their sum.
+            PatchGrid, a ProbeSweep, or a Table of tokens or classes with their probabilities, or with F x, r and their
+            sum.
         options: Of the figure. LogitLens: ``colour`` ("probability" or "entropy"), ``figure`` ("both", "heat",
             "ranks"), ``position``. Attribution: ``figure`` ("parts", "sources"), ``top``, ``layer`` of sources.
             HeadNorms: ``observable``. Votes of an image: ``picture`` (PNG bytes or a PIL image),

@@ -45,6 +45,7 @@ def _projector(rows):
     (interp.Mean(SITE), lambda v: v.mean((0, 1), keepdim=True).expand_as(v)),
     (interp.ProjectOut(SITE, DIRECTIONS), lambda v: v @ _projector(DIRECTIONS)),
     (interp.ProjectOut(SITE, VECTOR), lambda v: v @ _projector(VECTOR[None])),
+    (interp.Erase(SITE, DIRECTIONS.T, DIRECTIONS, VECTOR), lambda v: v - (v - VECTOR) @ DIRECTIONS.T @ DIRECTIONS),
     (interp.Function(SITE, torch.tanh), torch.tanh),
 ], ids=lambda x: getattr(x, "kind", ""))  # fmt: skip
 def test_each_kind_follows_its_formula(model, step, formula):

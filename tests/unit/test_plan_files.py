@@ -24,6 +24,7 @@ PLAN = [
     interp.Mean("ln_final.hook_normalized", over=["a text", "another"], positions="last"),
     interp.Patch("a", torch.ones(2, 3).T, from_site="b", from_positions=3, positions="cat"),
     interp.ProjectOut("a", torch.eye(2, dtype=torch.bfloat16), head=(1, 2)),
+    interp.Erase("a", torch.ones(3, 1), torch.ones(1, 3).double(), torch.zeros(3)),
     interp.Function("a", fn=math.sqrt),
 ]
 

