@@ -3,6 +3,7 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
+JOBS ?= 2
 INSTALLED := .venv/.installed
 CONSTRAINTS = $(shell nvidia-smi -L 2>/dev/null | grep -q GPU || echo -c constraints.txt)
 CHROMIUM := chromium chromium-browser google-chrome google-chrome-stable
@@ -18,10 +19,10 @@ demo: $(INSTALLED) ## fetch two small models and show what interp does with them
 	$(BIN)/interp demo
 
 test: lint types models browser ## all checks and all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 fast: $(INSTALLED) ## tests that take seconds
-	$(BIN)/python -m pytest -m "not slow and not browser"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not browser"
 
 bench: $(INSTALLED) ## benchmarks (tests/benchmarks/bench_*.py)
 	$(BIN)/python -m pytest tests/benchmarks -o python_files="bench_*.py" -s
