@@ -11,7 +11,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from interp.hooks.errors import ArgumentError
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 from interp.hooks.windows import Window, WindowLike, restricted
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class NotConvergedWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class SVD:
+class SVD(Rows):
     """F ≈ Σ σ_i u_i v_iᵀ, largest first; the largest entry of each u is positive.
 
     Vectors that belong to nearly equal values span a subspace; their own directions are arbitrary.
@@ -56,7 +56,7 @@ class SVD:
 
 
 @dataclass(frozen=True)
-class Eigen:
+class Eigen(Rows):
     """F v_i = λ_i v_i for a square map, largest magnitude first. F is not normal: eigenvectors may be ill-conditioned.
 
     Attributes:

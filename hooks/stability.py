@@ -15,7 +15,7 @@ from torch import Tensor
 
 from interp.hooks.errors import ArgumentError
 from interp.hooks.frozen import FrozenNetwork
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 from interp.hooks.windows import pool
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ NOISE, CELL = 0.01, 8
 
 
 @dataclass(frozen=True)
-class Stability:
+class Stability(Rows):
     """Rows, votes and decisions around a reference, against those at it.
 
     Attributes:

@@ -10,7 +10,34 @@ from interp.hooks.errors import MissingExtraError
 _SHOWN = 40
 
 
-class Table(Sequence[dict[str, Any]]):
+class Rows:
+    """What a result whose class has `to_records` gets from it: a table in a notebook, and a data frame."""
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """The result as rows of plain data."""
+        raise NotImplementedError
+
+    def to_frame(self):
+        """The rows as a pandas DataFrame.
+
+        Raises:
+            MissingExtraError: If pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingExtraError(
+                "to_frame() without pandas", "pandas", "pip install pandas, or use to_records()"
+            ) from error
+        return pandas.DataFrame(self.to_records())
+
+    def _repr_html_(self) -> str:
+        rows = self.to_records()
+        more = f", the first {_SHOWN} of {len(rows)} rows" if len(rows) > _SHOWN else ""
+        return Table(rows[:_SHOWN], f"{type(self).__name__}{more}")._repr_html_()
+
+
+class Table(Rows, Sequence[dict[str, Any]]):
     """Rows of plain data with named columns.
 
     Example:
@@ -45,20 +72,6 @@ class Table(Sequence[dict[str, Any]]):
     def to_records(self) -> list[dict[str, Any]]:
         """The rows, as plain dictionaries."""
         return [dict(row) for row in self._rows]
-
-    def to_frame(self):
-        """The rows as a pandas DataFrame.
-
-        Raises:
-            MissingExtraError: If pandas is not installed.
-        """
-        try:
-            import pandas
-        except ImportError as error:
-            raise MissingExtraError(
-                "to_frame() without pandas", "pandas", "pip install pandas, or use to_records()"
-            ) from error
-        return pandas.DataFrame(self._rows)
 
     def to_json(self) -> str:
         """The rows as JSON text."""

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.hooks.errors import ArgumentError, SizeError
+from interp.hooks.table import Rows
 
 if TYPE_CHECKING:
     from interp.hooks.linear_scope import LinearScope
@@ -20,7 +21,7 @@ _TOKENS = 8
 
 
 @dataclass(frozen=True)
-class TokenBlocks:
+class TokenBlocks(Rows):
     """Blocks F_ts, s the input token and t the output position: their norms, and what they contribute.
 
     A large norm says what an embedding could do, a contribution what this one does; the signed part of it that reaches

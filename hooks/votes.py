@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.hooks.stability import Stability
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 from interp.hooks.windows import Window, WindowLike
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Votes:
+class Votes(Rows):
     """How each input element votes for an output direction w: map + residual sum to <w, y>.
 
     Attributes:
@@ -105,7 +105,7 @@ class Votes:
 
 
 @dataclass(frozen=True)
-class BiasReport:
+class BiasReport(Rows):
     """Which call put what into r, for an output direction w.
 
     Attributes:

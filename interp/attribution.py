@@ -19,7 +19,7 @@ from interp.attribution_units import EMBEDDINGS, Detail, Parts, Readers, Seen, c
 from interp.hooks.errors import ArgumentError
 from interp.hooks.inputs import Batch
 from interp.hooks.model import Model
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 from interp.observable_sets import ObservableSet
 from interp.observables import Observable
 
@@ -27,7 +27,7 @@ _LISTED = 10
 
 
 @dataclass(frozen=True)
-class Attribution:
+class Attribution(Rows):
     """Named contributions to an observable's measurement at one position of one prompt.
 
     Attributes:

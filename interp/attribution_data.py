@@ -15,7 +15,7 @@ from interp.hooks.budget import bytes_of
 from interp.hooks.errors import ArgumentError, PositionError, SizeError
 from interp.hooks.inputs import Batch
 from interp.hooks.model import Model
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 
 _KEPT = (
     *EMBEDDINGS, "attention", "heads", "kv_heads", "attention_bias", "mlps", "neurons", "mlp_bias", "constant",
@@ -28,7 +28,7 @@ _PLACES = {
 
 
 @dataclass
-class AttributionSummary:
+class AttributionSummary(Rows):
     """Count, mean and spread of each contribution over examples: an accumulator that can be continued and merged.
 
     Attributes:

@@ -16,14 +16,14 @@ from interp.attribution import read_observables
 from interp.attribution_units import check_readout
 from interp.hooks.errors import ArgumentError
 from interp.hooks.model import Model
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 from interp.propagation.feature_vectors import ZeroVectorWarning
 from interp.propagation.reference import Weights
 from interp.propagation.stages import pull_gain
 
 
 @dataclass(frozen=True, eq=False)
-class HeadNorms:
+class HeadNorms(Rows):
     """Norms of observables' feature vectors at each head, and what is needed for products of any two.
 
     A norm is the standard deviation of the score on an input of independent standard normal components: a ranking

@@ -18,6 +18,7 @@ from interp.dictionary_files import read_folder
 from interp.hooks.activations import Activations
 from interp.hooks.errors import ArgumentError
 from interp.hooks.site import Site, SiteLike
+from interp.hooks.table import Rows
 from interp.observable_sets import ObservableSet
 from interp.observables import Observable
 from interp.reading import rows_at
@@ -27,7 +28,7 @@ _EPS = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
-class Dictionary:
+class Dictionary(Rows):
     """Latents f = encode(x) of a site's activation x, and their sum x̂ = Σ f_i direction(i) + decoder bias.
 
     With x' the normalised x and b the input bias, the pre-activation is p = W_encᵀ (x' - b) + b_enc, and f is relu(p);

@@ -14,13 +14,13 @@ from torch import Tensor
 from interp.hooks.errors import ArgumentError, SiteUnavailableError
 from interp.hooks.layouts import child
 from interp.hooks.model import Model
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 from interp.hooks.text import token_id
 from interp.hooks.weights import linear_bias, linear_weight
 
 
 @dataclass(frozen=True)
-class LogitLens:
+class LogitLens(Rows):
     """Readouts of the stream at each layer, of one prompt.
 
     Attributes:

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp.hooks.errors import ArgumentError
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 from interp.propagation.feature_vectors import FeatureVector
 
 _METHODS = ("feature vector", "linear regression", "logistic regression", "mean difference")
@@ -21,7 +21,7 @@ _DRAWS, _FEWEST = 200, 4
 
 
 @dataclass(frozen=True)
-class LowDataComparison:
+class LowDataComparison(Rows):
     """Held-out scores by method and number of training examples.
 
     Attributes:

@@ -12,7 +12,7 @@ from interp.hooks.activations import Activations
 from interp.hooks.errors import ArgumentError
 from interp.hooks.model import Model
 from interp.hooks.site import Site
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 from interp.observables import Observable
 from interp.reading import rows_at, working
 from interp.readout import Readout, sparse_rows
@@ -21,7 +21,7 @@ from interp.softcap import Softcap, read_softcap
 ObservablesLike = Union["ObservableSet", Observable, Sequence[Observable], Mapping[str, Observable]]
 
 
-class ObservableSet(Sequence[Observable]):
+class ObservableSet(Rows, Sequence[Observable]):
     """Observables of the logits, or all of one site, as one map: m = N x + offsets, with N [obs, vocab or feature].
 
     N is never made for observables of tokens: their terms gather what they name.

@@ -15,7 +15,7 @@ from torch import Tensor
 from interp.hooks.errors import ArgumentError
 from interp.hooks.linearization import Linearization, LinearizationLike
 from interp.hooks.model import Model
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 from interp.observables import Observable
 from interp.propagation.exact_paths import ExactPaths
 from interp.propagation.paths import Path, Step, feeds
@@ -26,7 +26,7 @@ Sign = Literal["abs", "positive", "negative"]
 
 
 @dataclass(frozen=True)
-class PathSearch:
+class PathSearch(Rows):
     """Paths by score, with the exact effect of each beside it.
 
     Attributes:

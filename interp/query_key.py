@@ -5,6 +5,7 @@ held, each side is linear in its stream: an observable of its own. Observable pr
 what moves them, such as an induction head's match, is invisible to it; this is the other half.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from interp.hooks.frozen_gradients import frozen_gradients
 from interp.hooks.linearization import Linearization
 from interp.hooks.model import Model
 from interp.hooks.site import Site
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 from interp.propagation.components import Components, components, written_sites
 from interp.propagation.feature_vectors import FeatureVector
 from interp.propagation.reference import Reference
@@ -31,7 +32,7 @@ _TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionScore:
+class AttentionScore(Rows):
     """One score of one head, before soft-cap and mask: which parts of either stream make it.
 
     Attributes:
@@ -64,6 +65,14 @@ class AttentionScore:
         """|sum of terms - score| over the sum of absolute terms."""
         return abs(float(self.matrix.sum()) - self.score) / max(float(self.matrix.abs().sum()), 1e-30)
 
+    def to_records(self) -> list[dict[str, Any]]:
+        """One row for each pair of destination and source component; the values sum to the score."""
+        pairs = itertools.product(*self.names)
+        return [
+            {"destination": d, "source": s, "value": v}
+            for (d, s), v in zip(pairs, self.matrix.flatten().tolist(), strict=True)
+        ]
+
     def by_component(self, side: Side = "query") -> Table:
         """Return the terms of one side's stream, largest first; they sum to the score.
 
@@ -80,17 +89,11 @@ class AttentionScore:
 
     def top(self, k: int = 10) -> Table:
         """Return the k largest pairs of destination and source component."""
-        order = self.matrix.flatten().abs().argsort(descending=True, stable=True)[:k].tolist()
-        columns = self.matrix.shape[1]
-        rows = [
-            {
-                "destination": self.names[0][i // columns],
-                "source": self.names[1][i % columns],
-                "value": float(self.matrix.flatten()[i]),
-            }
-            for i in order
-        ]
+        rows = sorted(self.to_records(), key=lambda row: -abs(row["value"]))[:k]
         return Table(rows, f"L{self.layer}H{self.head} {self.destination} -> {self.source}: score {self.score:.4f}")
+
+    def _repr_html_(self) -> str:
+        return self.top(12)._repr_html_()
 
 
 @torch.no_grad()

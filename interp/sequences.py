@@ -10,7 +10,7 @@ from torch import Tensor
 
 from interp.hooks.errors import ArgumentError, InputError
 from interp.hooks.model import Model
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 from interp.observable_sets import ObservableSet
 from interp.observables import Observable
 from interp.reading import working
@@ -18,7 +18,7 @@ from interp.readout import Readout
 
 
 @dataclass(frozen=True, eq=False)
-class SequenceObservable:
+class SequenceObservable(Rows):
     """m = Σ n_p · logits_p over positions p, each with an observable of its own; made by `Observable.sequence`.
 
     Attributes:

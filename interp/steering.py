@@ -5,7 +5,7 @@ units of the stream's norm and controls.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,13 @@ from torch import Tensor
 from interp.hooks.errors import ArgumentError
 from interp.hooks.interventions import Add, Intervention, PlanLike
 from interp.hooks.model import Model
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 from interp.observables import Observable
 from interp.propagation.feature_vectors import FeatureVector
 
 
 @dataclass(frozen=True)
-class DoseResponse:
+class DoseResponse(Rows):
     """A measurement under growing doses of a direction.
 
     Attributes:
@@ -156,7 +156,7 @@ def orthogonalize(vector: FeatureVector, against: Sequence[FeatureVector]) -> Fe
 
 
 @dataclass(frozen=True)
-class Cost:
+class Cost(Rows):
     """What a plan costs on ordinary text.
 
     Attributes:
@@ -170,6 +170,10 @@ class Cost:
     loss_under: float
     divergence: float
     n: int
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """One row."""
+        return [asdict(self)]
 
 
 @torch.no_grad()

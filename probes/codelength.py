@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from interp.hooks.errors import ArgumentError
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 from interp.probes.fitting import as_numbers, fit, probabilities, take
 from interp.probes.scores import FLOOR
 
@@ -21,7 +21,7 @@ SHARES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.
 
 
 @dataclass(frozen=True, eq=False)
-class Codelength:
+class Codelength(Rows):
     """Bits that it takes to send the labels to someone who has the activations.
 
     Attributes:

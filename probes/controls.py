@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from interp.hooks.errors import ArgumentError
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 from interp.probes.estimator import check_lengths
 from interp.probes.fitting import as_numbers, count, fit, probabilities, take
 from interp.probes.intervals import permutation_p
@@ -92,7 +92,7 @@ def held_out_score(probe: Any, X: Any, y: np.ndarray, folds: list[Split], groups
 
 
 @dataclass(frozen=True, eq=False)
-class Selectivity:
+class Selectivity(Rows):
     """Balanced accuracy on a task and on its control, on the same splits.
 
     Attributes:
@@ -172,7 +172,7 @@ def control_labels(y: np.ndarray, types: Any, groups: Any, folds: list[Split], s
 
 
 @dataclass(frozen=True, eq=False)
-class PermutationTest:
+class PermutationTest(Rows):
     """Scores of sites against the same under shuffled labels.
 
     Attributes:

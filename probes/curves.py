@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from interp.hooks.errors import ArgumentError
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 from interp.probes.controls import held_out_score
 from interp.probes.fitting import as_numbers, fit, probabilities, take
 from interp.probes.scores import balanced_accuracy
@@ -16,7 +16,7 @@ from interp.probes.splits import outer_folds
 
 
 @dataclass(frozen=True, eq=False)
-class LearningCurve:
+class LearningCurve(Rows):
     """Balanced accuracy by number of labels.
 
     Attributes:
@@ -98,7 +98,7 @@ def _balanced_order(y: np.ndarray, generator: np.random.Generator) -> np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
-class TransferMatrix:
+class TransferMatrix(Rows):
     """Balanced accuracy of probes fitted on one source and tested on another.
 
     Attributes:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from interp.hooks.errors import ArgumentError
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 from interp.probes.controls import Selectivity, control_labels, held_out_score
 from interp.probes.fitting import as_numbers, fit, probabilities, take
 from interp.probes.intervals import DRAWS, Interval, cluster_members
@@ -17,7 +17,7 @@ from interp.probes.splits import OnMissing, Split, duplicate_groups, outer_folds
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluation:
+class Evaluation(Rows):
     """What a probe reaches on held-out examples.
 
     Attributes:

@@ -1,20 +1,21 @@
 """Intervals and tests: cluster bootstrap, Wilson, McNemar, permutation p-values."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from interp.hooks.errors import ArgumentError
+from interp.hooks.table import Rows
 from interp.probes.estimator import check_lengths
 
 DRAWS = 2000
 
 
 @dataclass(frozen=True)
-class Interval:
+class Interval(Rows):
     """An estimate with its interval.
 
     Attributes:
@@ -30,6 +31,10 @@ class Interval:
     high: float
     level: float
     method: str
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """One row."""
+        return [asdict(self)]
 
     def __str__(self) -> str:
         return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"

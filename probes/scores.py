@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from interp.hooks.errors import ArgumentError
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 
 FLOOR = 1e-6
 BINS = 15
@@ -70,7 +70,7 @@ def _average_precision(positive: np.ndarray, score: np.ndarray) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class Calibration:
+class Calibration(Rows):
     """Confidence against accuracy in bins of equal mass.
 
     Attributes:

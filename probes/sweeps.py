@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from interp.hooks.errors import ArgumentError
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 from interp.probes.controls import control_labels
 from interp.probes.fitting import as_numbers, count, fit, probabilities, take
 from interp.probes.scores import balanced_accuracy, log_losses, score_table
@@ -29,7 +29,7 @@ Source = ActivationStore | Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
-class ProbeSweep:
+class ProbeSweep(Rows):
     """Scores of probes at sites, fold by fold.
 
     Attributes:

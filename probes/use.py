@@ -13,7 +13,7 @@ from interp.hooks.errors import ArgumentError
 from interp.hooks.interventions import Erase
 from interp.hooks.model import Model, main_tensor
 from interp.hooks.site import SiteLike
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 from interp.observables import Observable
 from interp.probes.erasure import LeaceEraser, LeaceFitter, Method
 from interp.probes.intervals import Interval, bootstrap_ci, permutation_p
@@ -22,7 +22,7 @@ Measure = Observable | Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class ProbeUse:
+class ProbeUse(Rows):
     """How far answers move when a subspace is erased, and when others like it are.
 
     Attributes:

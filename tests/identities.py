@@ -287,7 +287,7 @@ What is compared, under the preset `frozen` unless said:
   layers and two heads (148 paths from three tokens, or 52 where attention and MLP are parallel).
 - path, autograd: a path through a head, an MLP and a head, preset `path`, with a chain of autograd products through the
   model's modules.
-- totals, autograd: total vectors in front of each block, at z and at neurons, presets `exact`, `path` and `frozen`, with
+- totals, autograd: total vectors in front of each block, at z and at neurons, presets `exact`, `path` and `frozen`, and
   the gradients of the model's own code in which the same things are detached.
 
 What is refused:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from interp.hooks.errors import SizeError
+from interp.hooks.table import Rows
 
 # Of a budget, the part that probes may use: results, weights in the working dtype and copies take the rest.
 _FOR_PROBES = 0.25
@@ -15,7 +16,7 @@ _MOST_PROBES = 256
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Rows):
     """How a batch of Jacobians is computed.
 
     Attributes:

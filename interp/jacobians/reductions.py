@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.hooks.errors import ArgumentError
+from interp.hooks.table import Rows
 from interp.jacobians.branches import GateBranch
 from interp.jacobians.chain import ChainEngine
 from interp.jacobians.plan import refuse_large
@@ -24,7 +25,7 @@ _KINDS = ("mean", "sum", "norm", "gram", "trace")
 
 
 @dataclass(frozen=True, eq=False)
-class JacobianSummary:
+class JacobianSummary(Rows):
     """What was asked for of a batch of Jacobians.
 
     Attributes:

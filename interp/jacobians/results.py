@@ -15,6 +15,7 @@ from interp.hooks.linear_map import LinearMap
 from interp.hooks.linearization import Linearization
 from interp.hooks.site import Site
 from interp.hooks.spectra import SVD
+from interp.hooks.table import Rows
 from interp.jacobians.costs import probe_bytes
 from interp.jacobians.engine import Engine
 from interp.jacobians.graph import GraphEngine
@@ -76,7 +77,7 @@ class JacobianMap(LinearMap):
         return f"JacobianMap({self.target} by {self.source}, {list(self.out_shape)} x {list(self.in_shape)})"
 
 
-class Jacobians:
+class Jacobians(Rows):
     """Jacobians J[n, o, i] = d out_o / d in_i between two sites: by token, position pair or example.
 
     An index gives one as a `LinearMap`; iteration gives (slice, matrices of those maps) in chunks within the budget.

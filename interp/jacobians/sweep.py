@@ -14,6 +14,7 @@ from interp.hooks.examples import each_example
 from interp.hooks.linearization import Linearization, LinearizationLike
 from interp.hooks.model import Model
 from interp.hooks.site import Site, SiteLike
+from interp.hooks.table import Rows
 from interp.jacobians.costs import LIVE
 from interp.jacobians.graph import Recording
 from interp.jacobians.places import End, check_indices
@@ -21,7 +22,7 @@ from interp.jacobians.plan import probes_within
 
 
 @dataclass(frozen=True, eq=False)
-class RowSweep(Mapping[str, Tensor]):
+class RowSweep(Rows, Mapping[str, Tensor]):
     """Rows d target_k / d site by site: [k, pos, ...], positions without padding.
 
     Attributes:

@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 
 _FLAT = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
-class PatchGrid:
+class PatchGrid(Rows):
     """A metric under patches: one run, or one estimate, for each cell of a grid and each pair of prompts.
 
     Cells that do not exist (an edge that goes backwards) are NaN and have no row in tables.

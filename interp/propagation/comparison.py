@@ -12,7 +12,7 @@ from torch import Tensor
 from interp.hooks.linearization import LinearizationLike
 from interp.hooks.model import Model
 from interp.hooks.site import SiteLike
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 from interp.observables import Observable
 from interp.propagation.feature_vectors import cosine, coupling
 from interp.propagation.paths import PathLike
@@ -21,7 +21,7 @@ from interp.propagation.reference import Reference
 
 
 @dataclass(frozen=True)
-class ObservableComparison:
+class ObservableComparison(Rows):
     """The cosine of two observables' feature vectors, beside what it has to be judged against.
 
     Attributes:

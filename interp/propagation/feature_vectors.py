@@ -4,7 +4,7 @@ Source: Dunefsky & Cohan, "Observable Propagation: Uncovering Feature Vectors in
 """
 
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from interp.hooks.layouts import child
 from interp.hooks.linearization import Linearization
 from interp.hooks.model import Model
 from interp.hooks.site import Site
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 
 Form = Literal["reference", "data-free"]
 
@@ -27,7 +27,7 @@ class ZeroVectorWarning(UserWarning):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FeatureVector:
+class FeatureVector(Rows):
     """A covector: its score on an activation x at its site is vector · x (+ offset).
 
     Attributes:
@@ -264,7 +264,7 @@ def coupling_range(f: FeatureVector, g: FeatureVector, score: float, norm: float
 
 
 @dataclass(frozen=True)
-class CouplingFit:
+class CouplingFit(Rows):
     """A coupling coefficient beside what activations show.
 
     Attributes:
@@ -282,6 +282,10 @@ class CouplingFit:
     intercept: float
     r2: float
     n: int
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """One row."""
+        return [asdict(self)]
 
 
 def validate_coupling(

@@ -13,7 +13,7 @@ from interp.hooks.frozen_gradients import frozen_gradients
 from interp.hooks.linearization import Linearization, LinearizationLike
 from interp.hooks.model import Model
 from interp.hooks.site import Site, SiteLike
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 from interp.observables import Observable
 from interp.propagation.feature_vectors import FeatureVector
 from interp.propagation.reference import Reference
@@ -23,7 +23,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Totals(Mapping[str, Tensor]):
+class Totals(Rows, Mapping[str, Tensor]):
     """Covectors of observables by site, [observable, pos, ...]: the rows of the linearised network.
 
     At every residual site Σ_pos G · x + offset is the measurement. Positions behind the measured one are zero. Where
