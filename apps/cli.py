@@ -203,7 +203,7 @@ def _spec(prompt: str | None, target: str | None, foil: str | None, others: dict
 
 @app.command()
 def run(
-    spec: Annotated[Path, typer.Argument(help="A YAML file: kind: linear_scope or demo, and that kind's fields.")],
+    spec: Annotated[Path, typer.Argument(help="A YAML file: its kind, and that kind's fields.")],
     out: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
     report: Annotated[bool, _REPORT] = True,
     quiet: Annotated[bool, _QUIET] = False,

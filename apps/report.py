@@ -94,7 +94,10 @@ def sections(run: Run) -> list[Section]:
     if run.figures:
         for name in run.figures:
             held = run.figure(name)
-            section = found.setdefault(held["section"], _input_section(run, held["section"]))
+            if (group := held["section"]) not in found:
+                text = held.get("heading")
+                found[group] = Section(group, "prompt", text) if text else _input_section(run, group)
+            section = found[group]
             words = Caption(held["title"], held["sees"], held["silent"])
             section.figures.append(Figure(name, words, held["spec"], held["wide"]))
         return list(found.values())

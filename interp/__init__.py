@@ -50,6 +50,7 @@ _HOME = {
     "interp.path_search": ["PathSearch", "find_paths"],
     "interp.plots": ["chart"],
     "interp.propagation.comparison": ["ObservableComparison", "compare_observables"],
+    "interp.propagation.couplings": ["Couplings", "couplings"],
     "interp.propagation.feature_vectors": [
         "CouplingFit", "FeatureVector", "cosine", "coupling", "coupling_range", "pairwise", "validate_coupling",
     ],
@@ -118,6 +119,7 @@ if TYPE_CHECKING:
     from interp.path_search import PathSearch, find_paths
     from interp.plots import chart
     from interp.propagation.comparison import ObservableComparison, compare_observables
+    from interp.propagation.couplings import Couplings, couplings
     from interp.propagation.feature_vectors import (
         CouplingFit,
         FeatureVector,
@@ -140,17 +142,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ActivationStore", "Activations", "Add", "AttentionScore", "Attribution", "AttributionSummary",
-    "AverageGradient", "Boundary", "Cost", "CouplingFit", "Dictionary", "DoseResponse", "Erase", "FallbackWarning",
-    "FeatureVector", "Function", "HeadNorms", "InterpError", "Intervention", "JacobianMap", "JacobianSummary",
-    "Jacobians", "LabelledTexts", "Layout", "LinearMap", "LinearScope", "Linearization", "LogitLens",
-    "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable", "ObservableComparison", "ObservableSet",
-    "Patch", "PatchGrid", "Path", "PathSearch", "Plan", "ProjectOut", "Reference", "RowSweep", "Run", "Scale",
-    "SequenceObservable", "Set", "Site", "Step", "Table", "Totals", "Unit", "Votes", "Zero", "attach",
-    "attention_score", "attribute_dataset", "attribution_patching", "chart", "compare_observables",
-    "contrast_attribution", "cosine", "cost", "coupling", "coupling_range", "direct_attribution", "dose_response",
-    "edge_attribution", "find_paths", "head_norms", "jacobian", "labelled_texts", "load", "load_plan", "logit_lens",
-    "low_data_comparison", "orthogonalize", "pairwise", "patch_grid", "path_patch", "pattern_effects", "propagate",
-    "propagate_all", "register_unit", "row_sweep", "save_plan", "validate_coupling",
+    "AverageGradient", "Boundary", "Cost", "CouplingFit", "Couplings", "Dictionary", "DoseResponse", "Erase",
+    "FallbackWarning", "FeatureVector", "Function", "HeadNorms", "InterpError", "Intervention", "JacobianMap",
+    "JacobianSummary", "Jacobians", "LabelledTexts", "Layout", "LinearMap", "LinearScope", "Linearization",
+    "LogitLens", "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable", "ObservableComparison",
+    "ObservableSet", "Patch", "PatchGrid", "Path", "PathSearch", "Plan", "ProjectOut", "Reference", "RowSweep",
+    "Run", "Scale", "SequenceObservable", "Set", "Site", "Step", "Table", "Totals", "Unit", "Votes", "Zero",
+    "attach", "attention_score", "attribute_dataset", "attribution_patching", "chart", "compare_observables",
+    "contrast_attribution", "cosine", "cost", "coupling", "coupling_range", "couplings", "direct_attribution",
+    "dose_response", "edge_attribution", "find_paths", "head_norms", "jacobian", "labelled_texts", "load",
+    "load_plan", "logit_lens", "low_data_comparison", "orthogonalize", "pairwise", "patch_grid", "path_patch",
+    "pattern_effects", "propagate", "propagate_all", "register_unit", "row_sweep", "save_plan", "validate_coupling",
 ]  # fmt: skip
 
 

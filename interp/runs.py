@@ -134,8 +134,9 @@ class Run:
             raise RunError(f"picture {name!r} in {self.path.name}", "a picture of this run") from error
 
     def save_figure(
-        self, name: str, figure: Any, *, section: str, title: str, sees: str, silent: str, wide: bool = False
-    ) -> None:
+        self, name: str, figure: Any, *, section: str, title: str, sees: str, silent: str, wide: bool = False,
+        heading: str = "",
+    ) -> None:  # fmt: skip
         """Write a figure as Vega-Lite with its words, and as PNG, into ``figures/``.
 
         For what is drawn of a live model, which a result cannot hold.
@@ -148,6 +149,7 @@ class Run:
             sees: What one sees.
             silent: What it does not show.
             wide: Whether it needs the whole width of a page.
+            heading: Text of the section; a report looks it up among the specification's inputs where it is empty.
 
         Raises:
             RunError: If the name is not a plain file name.
@@ -158,7 +160,7 @@ class Run:
         folder = self.path / "figures"
         folder.mkdir(exist_ok=True)
         spec = figure.to_dict()
-        words = {"section": section, "title": title, "sees": sees, "silent": silent, "wide": wide}
+        words = {"section": section, "title": title, "sees": sees, "silent": silent, "wide": wide, "heading": heading}
         write_atomically(folder / f"{name}.png", vl_convert.vegalite_to_png(spec, scale=1.5))
         text = json.dumps({**words, "spec": spec}, ensure_ascii=False, allow_nan=False)
         write_atomically(folder / f"{name}.json", text.encode())

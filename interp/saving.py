@@ -26,6 +26,7 @@ _TYPES = {
     "Codelength": "interp.probes.codelength",
     "Cost": "interp.steering",
     "CouplingFit": "interp.propagation.feature_vectors",
+    "Couplings": "interp.propagation.couplings",
     "DoseResponse": "interp.steering",
     "Eigen": "interp.hooks.spectra",
     "Evaluation": "interp.probes.evaluation",

@@ -1,8 +1,8 @@
 """Figures of a run of LinearScope, each with its words: what is drawn, what one sees, what it does not show."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from interp.drawn import Drawn
 from interp.hooks.linear_scope import LinearScope
 from interp.hooks.spectra import SVD
 from interp.hooks.token_blocks import TokenBlocks
@@ -14,17 +14,6 @@ if TYPE_CHECKING:
     from interp.scope_specs import FigureSpec, SVDSpec
 
 _LOCAL = "F and r belong to this input: they are no statement about another one."
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A figure and its words."""
-
-    chart: Any
-    title: str
-    sees: str
-    silent: str
-    wide: bool = False
 
 
 def draw_figure(spec: "FigureSpec", scope: LinearScope) -> Drawn:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from interp.drawn import save_drawn
 from interp.hooks.errors import CompletenessError
 from interp.hooks.linear_scope import LinearScope
 from interp.hooks.model import Model
@@ -9,7 +10,7 @@ from interp.hooks.table import Table
 from interp.hooks.votes import BiasReport, Votes
 from interp.output_parts import output_parts
 from interp.runs import Progress, Run
-from interp.scope_figures import Drawn, draw_blocks, draw_figure, draw_svd, draw_targets
+from interp.scope_figures import draw_blocks, draw_figure, draw_svd, draw_targets
 from interp.scope_specs import LinearScopeSpec, TargetSpec, box
 
 
@@ -51,7 +52,7 @@ def _one(spec: LinearScopeSpec, model: Model, number: int, x: Any, run: Run, ste
             drawn = draw_targets(figure, found, run.picture(name) if not tokens else None)
         else:
             drawn = [draw_figure(figure, scope)]
-        _save(run, name, f"{n}-{figure.figure}", drawn)
+        save_drawn(run, name, f"{n}-{figure.figure}", drawn)
     _spectrum(spec, scope, run, name, step)
     _blocks(spec, scope, model, x, run, name, step)
     return rows
@@ -106,7 +107,7 @@ def _spectrum(spec: LinearScopeSpec, scope: LinearScope, run: Run, name: str, st
     windows = {"window": box(spec.svd.window), "input_window": box(spec.svd.input_window)}
     found = scope.svd(spec.svd.k, centred=spec.svd.centred, **windows)
     run.save(f"{name}-svd", found)
-    _save(run, name, "svd", draw_svd(spec.svd, found))
+    save_drawn(run, name, "svd", draw_svd(spec.svd, found))
 
 
 def _blocks(
@@ -120,11 +121,4 @@ def _blocks(
         scope = LinearScope(model, x, spec.linearization.made(), output=wanted.site)
     found = scope.token_blocks(wanted.positions, probes=wanted.probes, seed=wanted.seed)
     run.save(f"{name}-blocks", found)
-    _save(run, name, "blocks", draw_blocks(found, wanted.site or "the logits"))
-
-
-def _save(run: Run, section: str, stem: str, drawn: list[Drawn]) -> None:
-    for n, one in enumerate(drawn, start=1):
-        name = f"{section}-{stem}" + (f"-{n}" if len(drawn) > 1 else "")
-        words = {"title": one.title, "sees": one.sees, "silent": one.silent, "wide": one.wide}
-        run.save_figure(name, one.chart, section=section, **words)
+    save_drawn(run, name, "blocks", draw_blocks(found, wanted.site or "the logits"))

@@ -18,9 +18,13 @@ from interp.runs import Progress, Run
 
 Work = Callable[[Run, Progress], None]
 
+# A kind is a module with a subclass of Spec, and its row here. The module is imported when a file asks for the kind, so
+# that a kind may live in any room.
 KINDS = {
+    "activation_patching": "interp.patching_specs:PatchingSpec",
     "demo": "interp.demo:DemoSpec",
     "linear_scope": "interp.scope_specs:LinearScopeSpec",
+    "observable_propagation": "interp.propagation_specs:PropagationSpec",
 }
 
 

@@ -18,6 +18,8 @@ __all__ = ["can_draw", "chart", "visible"]
 _DRAWN_BY = {
     "LogitLens": ("interp.plots.lens", "lens_chart"),
     "Attribution": ("interp.plots.components", "attribution_chart"),
+    "Couplings": ("interp.plots.couplings", "couplings_chart"),
+    "PathSearch": ("interp.plots.paths", "paths_chart"),
     "HeadNorms": ("interp.plots.sources", "head_norms_chart"),
     "Votes": ("interp.plots.votes", "votes_chart"),
     "LinearScope": ("interp.plots.linear", "scope_chart"),
@@ -45,8 +47,8 @@ def chart(result: Any, **options: Any) -> "altair.TopLevelMixin":
 
     Args:
         result: A LogitLens, an Attribution, HeadNorms, Votes, a LinearScope, a BiasReport, an SVD, TokenBlocks, a
-            PatchGrid, a ProbeSweep, or a Table of tokens or classes with their probabilities, or with F x, r and their
-            sum.
+            PatchGrid, a PathSearch, Couplings, a ProbeSweep, or a Table of tokens or classes with their probabilities,
+            or with F x, r and their sum.
         options: Of the figure. LogitLens: ``colour`` ("probability" or "entropy"), ``figure`` ("both", "heat",
             "ranks"), ``position``. Attribution: ``figure`` ("parts", "sources"), ``top``, ``layer`` of sources.
             HeadNorms: ``observable``. Votes of an image: ``picture`` (PNG bytes or a PIL image),
@@ -55,7 +57,9 @@ def chart(result: Any, **options: Any) -> "altair.TopLevelMixin":
             ``figure`` ("bars", "maps"), ``depth``, ``linear``, ``count``, ``columns``, ``size``. SVD: ``figure``
             ("values", "pairs"), ``count``, ``expected``, ``size``. TokenBlocks: ``of``
             ("norms", "contributions"), ``scale``, ``percentile``, ``size``.
-            PatchGrid: ``show`` ("normalised", "effect", "value"). Table: ``top``. All: ``title``.
+            PatchGrid: ``figure`` ("cells", "audit"), ``show`` ("normalised", "effect", "value"). PathSearch:
+            ``figure`` ("bars", "agreement"), ``top``. Couplings: ``figure`` ("matrix", "slopes"), ``of``. Table:
+            ``top``. All: ``title``.
 
     Raises:
         ArgumentError: If there is no figure for this type, or an option is not the figure's.

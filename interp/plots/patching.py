@@ -4,23 +4,30 @@ from typing import Any
 
 from interp.hooks.errors import ArgumentError
 from interp.patching.grid import PatchGrid
+from interp.plots.agreement import agreement
 from interp.plots.style import DIVERGING, INK, LABEL, MUTED, Clicks, Sets, finish, legible, ordered, visible
 
 _SHOWN = {"normalised": "normalised effect", "effect": "effect", "value": "value"}
 _WIDE, _HIGH, _MOST_PANELS = 640, 560, 64
 
 
-def patch_chart(grid: PatchGrid, *, show: str = "", title: str = "") -> Any:
+def patch_chart(grid: PatchGrid, *, figure: str = "cells", show: str = "", title: str = "") -> Any:
     """Heat map of a grid: layers upwards, the next axis along, one panel for each place of further axes.
 
     Args:
         grid: The grid.
+        figure: ``cells``, or ``audit``: estimates against exact patches of the audited cells.
         show: ``normalised`` (by default, where it is defined), ``effect`` or ``value``.
         title: Of the figure.
 
     Raises:
-        ArgumentError: If ``show`` is not among the legal ones, or there would be more than 64 panels.
+        ArgumentError: If an option is not among the legal ones, there would be more than 64 panels, or nothing was
+            audited.
     """
+    if figure not in ("cells", "audit"):
+        raise ArgumentError(f"figure={figure!r}", "'cells' or 'audit'")
+    if figure == "audit":
+        return _audit(grid, title)
     import altair as alt
 
     records = grid.to_records()
@@ -36,10 +43,28 @@ def patch_chart(grid: PatchGrid, *, show: str = "", title: str = "") -> Any:
     data = sets.add("cells", rows)
     limit = max((abs(r["shown"]) for r in rows), default=0.0) or 1.0
     drawn = [_panel(data, grid, panel, show, up, along, limit, len(panels)) for panel in panels]
-    figure = drawn[0] if len(drawn) == 1 else alt.concat(*drawn, columns=max(1, 4 if len(grid.axes[along]) < 20 else 2))
+    drawn = drawn[0] if len(drawn) == 1 else alt.concat(*drawn, columns=max(1, 4 if len(grid.axes[along]) < 20 else 2))
     note = [f"{legible(grid.metric)}: clean {grid.clean:+.3f}, corrupt {grid.corrupt:+.3f}; {grid.direction}"]
     clicks = Clicks("place", ("cells", *(f"cells{i}" for i in range(len(panels)))))
-    return finish(figure, sets, clicks, title or note[0])
+    return finish(drawn, sets, clicks, title or note[0])
+
+
+def _audit(grid: PatchGrid, title: str) -> Any:
+    rows = [
+        {
+            "predicted": r["effect"], "measured": r["exact effect"],
+            "name": ", ".join(f"{name} {r[name]}" for name in grid.axes),
+        }
+        for r in grid.to_records()
+        if r.get("exact effect") is not None
+    ]  # fmt: skip
+    found = grid.audit
+    if not rows or found is None:
+        raise ArgumentError(f"an audit of a grid by {grid.method}", "estimates with exact patches beside them: audit=")
+    note = f"{found['cells']:.0f} cells were patched exactly; correlation {found['correlation']:.3f}, same sign in "
+    note += f"{found['sign_agreement']:.0%}, largest difference {found['max_difference']:.3g}."
+    names = f"effect by {grid.method} (logits)", "effect of the exact patch (logits)"
+    return agreement(rows, *names, title=title or f"Estimates against exact patches: {legible(grid.metric)}", note=note)
 
 
 def _axes(grid: PatchGrid) -> tuple[str | None, str, list[str]]:

@@ -80,7 +80,7 @@ def _grid(cells: list[dict[str, Any]], below: str, beside: str, scale: dict[str,
     wide = max(14, min(44, _WIDE // max(len(columns), 1)))
     legend = alt.Legend(
         title=name, orient="top", direction="horizontal", gradientLength=180, gradientThickness=8, titleOrient="left",
-        titlePadding=10, tickCount=3,
+        titlePadding=10, titleLimit=420, tickCount=3,
     )  # fmt: skip
     figure = (
         alt.Chart(sets.add("cells", cells))
