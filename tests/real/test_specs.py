@@ -16,19 +16,47 @@ SPECS = sorted((ROOT / "tutorials" / "specs").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda p: p.stem)
 def test_a_specification_can_be_read(path):
-    assert read_spec(path).inputs
+    assert read_spec(path).model_dump()["model"]
+
+
+def computed(name: str, folder: Path) -> Run:
+    """The finished run of a specification, as its reader would make it."""
+    command = [sys.executable, "-m", "interp.apps.cli", "run", str(ROOT / "tutorials/specs" / name)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=os.environ)
+    assert (done.returncode, done.stderr) == (0, "")
+    (path,) = (folder / "runs").iterdir()
+    run = Run.open(path)
+    assert run.state == "finished"
+    assert (path / "report.html").is_file()
+    assert len(run.figures) == len(list((path / "figures").glob("*.png")))
+    return run
+
+
+@pytest.mark.slow
+def test_pronouns_are_computed(tmp_path, smollm2):
+    run = computed("pronouns.yaml", tmp_path)
+    assert all(row["completeness error"] < 1e-5 for row in run.load("completeness"))
+    found = run.load("couplings")
+    assert found.paths[0] == "L26H2"
+    assert (found.predicted - found.slopes)[:, 0, 1].abs().max() < 0.1
+    assert run.load("paths").correlation > 0.9
+
+
+@pytest.mark.slow
+def test_patching_is_computed(tmp_path, smollm2):
+    run = computed("patching.yaml", tmp_path)
+    exact, heads = run.load("grid-1"), run.load("grid-2")
+    assert exact.clean - exact.corrupt > 5
+    # Where the prompts differ, the embedding is all that differs.
+    differs = next(i for i, token in enumerate(exact.tokens) if "/" in token)
+    assert float(exact.normalised[0, differs]) == pytest.approx(1.0, abs=1e-4)
+    assert heads.audit["correlation"] > 0.9
 
 
 @pytest.mark.slow
 def test_the_language_model_is_computed(tmp_path, smollm2):
-    command = [sys.executable, "-m", "interp.apps.cli", "run", str(ROOT / "tutorials/specs/language_model.yaml")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, env=os.environ)
-    assert (done.returncode, done.stderr) == (0, "")
-    (path,) = (tmp_path / "runs").iterdir()
-    run = Run.open(path)
-    assert run.state == "finished"
-    assert (path / "report.html").is_file()
-    assert len(run.figures) == len(list((path / "figures").glob("*.png"))) == 5
+    run = computed("language_model.yaml", tmp_path)
+    assert len(run.figures) == 5
     margin, blocks = run.load("input-1-votes-2"), run.load("input-1-blocks")
     assert (margin.target, margin.residual) == ("' Mary' - ' John'", 0.0)
     assert margin.value == pytest.approx(6.12, abs=0.01)
