@@ -56,5 +56,6 @@ def agreement(
     tips += [alt.Tooltip(f"{key}:Q", format=".3f") for key in ("r2", "cosine") if rows and key in rows[0]]
     points = alt.Chart(sets.add("points", rows)).mark_circle(size=90, opacity=0.85, stroke=INK, strokeWidth=0.4)
     pale = alt.Opacity("weight:Q", title=weight, scale=alt.Scale(domain=[0, 1], range=[0.12, 1]))
-    layers.append(points.encode(x=x, y=y, color=colour, tooltip=tips, **({"opacity": pale} if weight else {})))
+    points = points.encode(x=x, y=y, color=colour, tooltip=tips)
+    layers.append(points.encode(opacity=pale) if weight else points)
     return finish(alt.layer(*layers).properties(width=_SIDE, height=_SIDE), sets, title=title, note=note)
