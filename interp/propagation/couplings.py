@@ -88,7 +88,7 @@ def couplings(
         >>> her = interp.Observable.logit_diff(model, " her", " him")
         >>> found = interp.couplings(model, [she, her], ["L26H2", "L27H5"], ["Emma said that she was late."])
         >>> found.predicted.shape, found.n
-        (torch.Size([2, 2, 2]), 6)
+        (torch.Size([2, 2, 2]), 7)
     """
     wanted = read_observables(observables)
     if len(wanted) < 2 or not len(paths) or isinstance(paths, str):
