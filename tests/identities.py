@@ -293,7 +293,7 @@ What is compared, under the preset `frozen` unless said:
 What is refused:
 
 - A mixture of experts has no closed form for a path through it: totals and attributions take the frozen backward pass.
-  `propagate` refuses such a path.
+  `propagate` refuses such a path. Its totals are compared with autograd under `exact` and `path`.
 - An encoder with a norm behind each sum (BERT) has no residual stream that parts sum up in.
 
 ## Engines
