@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from interp.hooks import calls, norm_rules, product_rules, unit_rules
+from interp.hooks import calls, hidden, norm_rules, product_rules, unit_rules
 from interp.hooks.basic_rules import Rule, held, linear, tangent
 from interp.hooks.errors import ArgumentError, BilinearOpError, LinearizationError, UnsupportedOpError
 from interp.hooks.tape import PENDING, Tags
@@ -22,7 +22,8 @@ def finish(output: Tensor) -> Tensor:
 
     Raises:
         BilinearOpError: If a product of live values was never held.
-        UnsupportedOpError: If a function without a mode of its own was never held.
+        UnsupportedOpError: If a function without a mode of its own was never held, or the output was computed under
+            no_grad.
         LinearizationError: If the output does not depend on the input.
     """
     tags = Tags.of([output])
@@ -40,6 +41,7 @@ def finish(output: Tensor) -> Tensor:
             "choose product='tangent', or 'exact', or hold a factor: overrides={'path of its layer': 'constant'}",
         )
     if not output.requires_grad:
+        hidden.refuse_use("the output", hidden.origin_of([output]))
         raise LinearizationError(
             "an output that does not depend on the input under this linearization",
             "a live output",

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from interp.hooks import calls
+from interp.hooks import calls, hidden
 from interp.hooks.budget import Meter
 from interp.hooks.choices import Choices
 from interp.hooks.composites import COMPOSITES
@@ -235,7 +235,8 @@ class Tape(TorchFunctionMode):
 
             stack.callback(module_hooks.register_module_forward_pre_hook(before).remove)
             stack.callback(module_hooks.register_module_forward_hook(after, always_call=True).remove)
-            stack.enter_context(torch.set_grad_enabled(not self.graphless))
+            # Without gradients too: the inputs require none, and what the network computes under no_grad shows.
+            stack.enter_context(torch.enable_grad())
             stack.enter_context(seen(self))
             if not self.replaying:
                 stack.enter_context(_Unseen(self))
@@ -264,18 +265,21 @@ class Tape(TorchFunctionMode):
             return func(*args, **kwargs)
         args, kwargs = calls.freeze_parameters(args, kwargs)
         told = args[:1] if name in calls.SHAPED_LIKE else (args, kwargs)
-        if not any(calls.is_live(t) for t in calls.tensors(told)):
-            return func(*args, **kwargs)
+        given = calls.tensors(told)
+        origin = hidden.origin_of(given)
+        if not any(calls.is_live(t) for t in given):
+            if origin is None:
+                return func(*args, **kwargs)
+            return hidden.run_hidden(func, args, kwargs, self.path, origin)
         call = Call(func, name, args, kwargs, self.path, self._types.get(self.path, ""), tuple(self._inside))
         refuse_autocast(call)
         if name in calls.CONTROL_FLOW or calls.raw_name(func) in calls.CONTROL_FLOW:
             raise ControlFlowError(f"{call} reads a live value", "control flow that does not depend on the input")
-        if name in calls.DETACHING or not (torch.is_grad_enabled() or self.graphless):
-            raise UnsupportedOpError(
-                f"{call} cuts a live value off",
-                "a forward that keeps it",
-                "detach(), .data or no_grad() would hide a part of the network",
-            )
+        if name in calls.DETACHING:
+            hidden.refuse_detached(call)
+        if not torch.is_grad_enabled():
+            return hidden.run_hidden(func, args, kwargs, self.path, origin or str(call))
+        hidden.refuse_use(str(call), origin)
         if name in COMPOSITES:
             return self._written_out(name, args, kwargs)
         rule = RULES.get(name)

@@ -8,20 +8,23 @@ and u · b_out.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.attribution_units import EMBEDDINGS, Detail, Parts, Readers, Seen, check_complete, check_readout
+from interp.attribution_streams import of_terms, over_terms, readers_of
+from interp.attribution_units import EMBEDDINGS, Detail, Parts, Readers, Seen, check_complete
 from interp.hooks.errors import ArgumentError
 from interp.hooks.inputs import Batch
 from interp.hooks.model import Model
 from interp.hooks.table import Rows, Table
 from interp.observable_sets import ObservableSet
 from interp.observables import Observable
+from interp.propagation.starts import pre_cap_note
+from interp.sequences import SequenceObservable, refuse_sequence
 
 _LISTED = 10
 
@@ -236,8 +239,9 @@ def _row(component: str, kind: str, layer: int | None, head: int | None, value: 
 
 @overload
 def direct_attribution(
-    model: Model, observables: Observable, prompt: Any, unit: str = "head", *, position: int = -1, plan: Any = ()
-) -> Attribution: ...
+    model: Model, observables: Observable | SequenceObservable, prompt: Any, unit: str = "head", *, position: int = -1,
+    plan: Any = (),
+) -> Attribution: ...  # fmt: skip
 
 
 @overload
@@ -259,7 +263,9 @@ def direct_attribution(
 
     Args:
         model: A decoder with a final norm and an unembedding.
-        observables: What is measured: an Observable, or several (a set, a list, or a mapping of names).
+        observables: What is measured: an Observable, or several (a set, a list, or a mapping of names), of the logits
+            or of one residual stream (`Observable.from_residual`: what wrote a probe's score; later layers count 0);
+            or a sequence, whose terms add up.
         prompt: One text, or token ids.
         unit: ``component`` (whole attention branches), ``head``, ``kv_head`` (sums over the query heads that share
             keys and values), ``source`` (heads by the token that they read) or ``neuron`` (MLPs by neuron); one for
@@ -284,15 +290,34 @@ def direct_attribution(
         >>> abs(found.total - found.measurement) < 1e-4
         True
     """
+    if isinstance(observables, SequenceObservable):
+        return _of_sequence(model, observables, prompt, unit, position, plan)
     wanted = read_observables(observables)
-    check_readout(model)
-    batch, readers = one_prompt(model, prompt), Readers(model, wanted, Detail.of(unit))
-    seen = readers.capture(batch, position, plan)
-    _check_seen(model, wanted, seen)
+    readers = readers_of(model, wanted, Detail.of(unit))
+    batch, place = one_prompt(model, prompt), readers.place(position)
+    seen = readers.capture(batch, place, plan)
+    _check_seen(readers, seen)
     parts = readers.parts(seen)
     check_complete(model, wanted.names, parts)
-    found = attributions(readers, parts, batch, position, unit)
+    found = attributions(readers, parts, batch, place, unit)
     return found[0] if isinstance(observables, Observable) else found
+
+
+def _of_sequence(
+    model: Model, observable: SequenceObservable, prompt: Any, unit: str, position: int, plan: Any
+) -> Attribution:
+    """Each term at its own position, by one run; then their sum."""
+    readers, batch = Readers(model, observable.observables, Detail.of(unit)), one_prompt(model, prompt)
+    assert batch.ids is not None
+    observable.check_run(batch.ids[0, batch.starts[0] :][: batch.lengths[0]].tolist(), position)
+    seen = readers.capture(batch, observable.positions, plan)
+    _check_seen(readers, seen)
+    parts = of_terms(readers.parts(seen))
+    check_complete(model, readers.observables.names, parts)
+    (found, *_) = attributions(readers, over_terms(parts), batch, max(observable.positions), unit)
+    return replace(
+        found, observable=observable.name, note="; ".join(filter(None, (observable.note, pre_cap_note(model))))
+    )
 
 
 def read_observables(observables: Any) -> ObservableSet:
@@ -301,6 +326,7 @@ def read_observables(observables: Any) -> ObservableSet:
     Raises:
         ArgumentError: If they are none.
     """
+    refuse_sequence(observables)
     if not isinstance(observables, (Observable, ObservableSet, Sequence, Mapping)) or isinstance(observables, str):
         raise ArgumentError(
             f"an observable of type {type(observables).__name__}", "an Observable", "Observable.logit(...)"
@@ -324,14 +350,14 @@ def attributions(
     readers: Readers, parts: Parts, batch: Batch, position: int, unit: str, note: str = ""
 ) -> list[Attribution]:
     """The result for each observable of one prompt's parts."""
-    model, layout = readers.model, readers.weights.layout
-    capped = "" if layout.logit_softcap is None else "measured on the logits before the soft-cap"
+    model = readers.model
+    seen_at = pre_cap_note(model) if readers.observables.site is None else ""
     place = int(batch.positions(position)[0, 0]) - batch.starts[0]
     ids = batch.ids[0, batch.starts[0] :][: batch.lengths[0]].tolist() if batch.ids is not None else []
     labels = [model.tokenizer.decode([i]) for i in ids] if model.tokenizer is not None else None
     found = []
-    for o, observable in enumerate(readers.observables):
-        notes = "; ".join(filter(None, (observable.note, capped, note)))
+    for o, observable in enumerate(readers.observables[: len(parts["measurement"])]):
+        notes = "; ".join(filter(None, (observable.note, seen_at, note)))
         found.append(from_parts(observable.name, {k: v[o, 0] for k, v in parts.items()}, place, notes, unit, labels))
     return found
 
@@ -351,13 +377,13 @@ def from_parts(
     )  # fmt: skip
 
 
-def _check_seen(model: Model, observables: ObservableSet, seen: Seen) -> None:
+def _check_seen(readers: Readers, seen: Seen) -> None:
     """Refuse a plan that changes the logits behind the unembedding, where attribution does not look."""
-    layout = model.layout
-    if layout is None or layout.logit_softcap is not None:
+    layout = readers.model.layout
+    if layout is None or layout.logit_softcap is not None or not seen.has("logits"):
         return
-    expected = observables.measure(seen.at("unembed.hook_out").float() * layout.logit_scale)[0]
-    final = observables.measure(seen.at("logits").float())[0]
+    expected = readers.observables.measure(seen.at("unembed.hook_out").float() * layout.logit_scale).flatten()
+    final = readers.observables.measure(seen.at("logits").float()).flatten()
     wrong = ~torch.isclose(expected, final, rtol=1e-2, atol=1e-2)
     if wrong.any():
         i = int(wrong.nonzero()[0])

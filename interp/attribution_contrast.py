@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from interp.attribution import Attribution, attributions, one_prompt, read_observables
-from interp.attribution_units import Detail, Readers, check_complete, check_readout, subtract
+from interp.attribution_streams import readers_of
+from interp.attribution_units import Detail, check_complete, subtract
 from interp.hooks.errors import ArgumentError
 from interp.hooks.model import Model
 from interp.observables import Observable
@@ -48,8 +49,8 @@ def contrast_attribution(
     if readers not in ("clean", "own"):
         raise ArgumentError(f"readers={readers!r}", "'clean' (one for both) or 'own'")
     wanted = read_observables(observables)
-    check_readout(model)
-    detail, batches = Detail.of(unit), [one_prompt(model, clean), one_prompt(model, corrupt)]
+    made = readers_of(model, wanted, Detail.of(unit))
+    detail, batches = made.detail, [one_prompt(model, clean), one_prompt(model, corrupt)]
     lengths = [batch.lengths[0] for batch in batches]
     if detail.attention == "source" and lengths[0] != lengths[1]:
         raise ArgumentError(
@@ -57,11 +58,11 @@ def contrast_attribution(
             "prompts of one length for sources",
             "unit='head' compares prompts of any length",
         )
-    made = Readers(model, wanted, detail)
-    seen = [made.capture(batch, position) for batch in batches]
+    place = made.place(position)
+    seen = [made.capture(batch, place) for batch in batches]
     r = made.divisor(seen[0]) if readers == "clean" else None
     parts = subtract(made.parts(seen[0]), made.parts(seen[1], r), readers)
     check_complete(model, wanted.names, parts)
     what = "the clean run's reader for both" if readers == "clean" else "each run with its own reader"
-    found = attributions(made, parts, batches[0], position, unit, f"clean minus corrupt, {what}")
+    found = attributions(made, parts, batches[0], place, unit, f"clean minus corrupt, {what}")
     return found[0] if isinstance(observables, Observable) else found

@@ -10,12 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.attribution import Attribution, from_parts, read_observables
-from interp.attribution_units import EMBEDDINGS, Detail, Readers, check_complete, check_readout
+from interp.attribution_streams import readers_of
+from interp.attribution_units import EMBEDDINGS, Detail, Readers, check_complete
 from interp.hooks.budget import bytes_of
 from interp.hooks.errors import ArgumentError, PositionError, SizeError
 from interp.hooks.inputs import Batch
 from interp.hooks.model import Model
 from interp.hooks.table import Rows, Table
+from interp.propagation.starts import pre_cap_note
 
 _KEPT = (
     *EMBEDDINGS, "attention", "heads", "kv_heads", "attention_bias", "mlps", "neurons", "mlp_bias", "constant",
@@ -34,7 +36,7 @@ class AttributionSummary(Rows):
     Attributes:
         observables: Names.
         unit: How finely: ``component``, ``head``, ``kv_head``, ``neuron``, or two as in ``head+neuron``.
-        n: Number of examples.
+        n: Number of examples: prompts, or with ``position="all"`` their tokens.
         mean: By part (``heads``, ``mlps``, ``measurement``, ...), [obs, ...] in float64.
         m2: Sums of squared deviations from the mean, likewise.
         note: What to know when reading the numbers.
@@ -207,12 +209,13 @@ def attribute_dataset(
         prompts: Texts, or lists of token ids, or a tensor of them; a generator will do.
         unit: As for `direct_attribution`, without ``source``.
         position: ``last`` (of each prompt's own tokens), an int (negative from each end), a substring that covers one
-            token of each prompt, or a list with an int for each prompt.
+            token of each prompt, or a list with an int for each prompt. ``all``: every token of every prompt counts as
+            an example, those of one prompt side by side; standard errors take them for independent.
         batch_size: How many prompts run together, at most.
         budget: Bytes for contributions, ``"512MiB"`` or a number; batches are made smaller to fit.
         padding_side: As for `Model.capture`.
         into: A summary to continue. It holds every finished batch if the call is interrupted, so that
-            ``prompts[into.n:]`` are left to do.
+            ``prompts[into.n:]`` are left to do (not with ``all``, where n counts tokens).
 
     Raises:
         ArgumentError: If there are no prompts, the unit does not exist, or ``into`` is of something else.
@@ -237,20 +240,36 @@ def attribute_dataset(
     empty = AttributionSummary(list(wanted.names), unit)
     summary = empty if into is None else into
     summary.merge(empty)  # refuses a summary of something else
-    check_readout(model)
-    readers = Readers(model, wanted, Detail.of(unit))
-    size = min(batch_size, _fitting(readers, budget))
-    if model.layout is not None and model.layout.logit_softcap is not None:
-        summary.note = "measured on the logits before the soft-cap"
-    for rows, where in _batches(prompts, position, size):
-        batch = model.batch(rows, padding_side)
-        _one_each(batch, where)
-        parts = readers.parts(readers.capture(batch, where, logits=False), logits=False)
-        check_complete(model, wanted.names, parts)
-        summary.update({key: parts[key] for key in _KEPT if key in parts})
+    readers = readers_of(model, wanted, Detail.of(unit))
+    fitting = _fitting(readers, budget)
+    summary.note = pre_cap_note(model) if wanted.site is None else ""
+    for rows, where in _batches(prompts, position, min(batch_size, fitting)):
+        for batch in _fit_to(model, rows, padding_side, fitting if position == "all" else None):
+            place = readers.place(where)
+            if place != "all":
+                _one_each(batch, place)
+            parts = readers.parts(readers.capture(batch, place, logits=False), logits=False)
+            check_complete(model, wanted.names, parts)
+            summary.update({key: parts[key] for key in _KEPT if key in parts})
     if not summary.n:
         raise ArgumentError("no prompts", "at least one")
     return summary
+
+
+def _fit_to(model: Model, rows: list[Any], padding_side: str | None, tokens: int | None) -> Iterator[Batch]:
+    """Prompts as one batch, or as several of which none has more padded tokens than fit."""
+    batch = model.batch(rows, padding_side)
+    assert batch.mask is not None
+    if tokens is None or batch.mask.numel() <= tokens:
+        yield batch
+    elif len(rows) == 1:
+        raise SizeError(
+            f"a prompt of {batch.mask.numel()} tokens, all of them attributed", f"at most {tokens} in this budget",
+            "take fewer observables, or a larger budget=",
+        )  # fmt: skip
+    else:
+        for part in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+            yield from _fit_to(model, part, padding_side, tokens)
 
 
 def _batches(prompts: Iterable[Any], position: Any, size: int) -> Iterator[tuple[list[Any], Any]]:
@@ -279,7 +298,7 @@ def _one_each(batch: Batch, where: Any) -> None:
 def _fitting(readers: Readers, budget: int | str) -> int:
     """How many examples' contributions fit: in the working dtype, in float64, and once more while they are summed."""
     sizes, layers, n = readers.weights.sizes, readers.model.n_layers, len(readers.observables)
-    terms = layers * (4 + sizes["head"] + sizes["kv_head"] + (sizes["d_mlp"] if readers.neurons else 0))
+    terms = layers * (4 + sizes["head"] + sizes["kv_head"] + (sizes["d_mlp"] if readers.detail.mlp == "neuron" else 0))
     captured = layers * (2 * sizes["d_model"] + sizes["head"] * sizes["d_head"] + sizes.get("d_mlp", 0))
     each, fixed, given = 24 * n * terms + 4 * captured, 64 * n * terms, bytes_of(budget)
     if fixed + each > given:

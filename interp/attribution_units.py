@@ -86,11 +86,14 @@ class Seen:
         acts: The capture.
         keys: What each site is called in it.
         like: A tensor with the dtype and device that are worked in.
+        rows: Where several positions of an example count, each as a row of its own: which, of all examples' positions
+            one behind the other.
     """
 
     acts: Activations
     keys: dict[str, str]
     like: Tensor
+    rows: Tensor | None = None
 
     def has(self, site: str) -> bool:
         """Whether the model has this site."""
@@ -99,7 +102,9 @@ class Seen:
     def at(self, site: str) -> Float[Tensor, "example ..."]:
         """A site's value at the position."""
         value, axes = self.acts[self.keys[site]], self.acts.axes[self.keys[site]]
-        return value.select(axes.index("pos"), 0).to(self.like)
+        if self.rows is None:
+            return value.select(axes.index("pos"), 0).to(self.like)
+        return value.movedim(axes.index("pos"), 1).flatten(0, 1)[self.rows.to(value.device)].to(self.like)
 
     def divisor(self, norm: str) -> Float[Tensor, "example"] | float:
         """A norm's divisor at the position; 1 where the model has no such norm."""
@@ -146,18 +151,27 @@ class Readers:
     """
 
     def __init__(self, model: Model, observables: ObservableSet, detail: Detail):
-        check_readout(model)
         self.model, self.observables, self.detail = model, observables, detail
-        self.weights = Weights(model)
-        w, offsets = observables.pull_to_stream(model)
+        self._begin()
+        attention, mlps = detail.attention != "component", detail.mlp == "neuron"
+        z, post = self._attention_output, self._neuron_output
+        self.heads = [self._branch(i, "ln1_post", z(i)) for i in range(self.depth[0])] if attention else None
+        self.neurons = [self._branch(i, "ln2_post", post(i)) for i in range(self.depth[1])] if mlps else None
+
+    def _begin(self) -> None:
+        """What reads the stream, which stream, and how many blocks' attention and MLPs have written to it."""
+        check_readout(self.model)
+        self.weights = Weights(self.model)
+        w, offsets = self.observables.pull_to_stream(self.model)
         self.w, self.offsets = w.to(self.weights.dtype), offsets.to(self.weights.dtype)
         self.c, beta = pull_gain(self.w, self.weights.norm("ln_final"))
         self.constant = beta + self.offsets
-        split = detail.attention != "component"
-        z, post = self._attention_output, self._neuron_output
-        self.heads = [self._branch(i, "ln1_post", z(i)) for i in range(model.n_layers)] if split else []
-        split = detail.mlp == "neuron"
-        self.neurons = [self._branch(i, "ln2_post", post(i)) for i in range(model.n_layers)] if split else []
+        self.depth = (self.model.n_layers, self.model.n_layers)
+        self.stream = f"blocks.{self.model.n_layers - 1}.hook_resid_post"
+
+    def place(self, position: Any) -> Any:
+        """The position that is read: what is asked for, or what the observables themselves name."""
+        return position
 
     def _attention_output(self, layer: int) -> Projection:
         return self.weights.output(layer)
@@ -179,15 +193,21 @@ class Readers:
 
         Args:
             batch: The inputs.
-            position: As for `Model.capture`, one for each example; an int for sources.
+            position: As for `Model.capture`, one for each example; an int for sources. ``all``: each real token is a
+                row, with all positions in one run. A tuple of ints: each is a row, of the one
+                example.
             plan: Interventions.
             logits: Measure on the logits; otherwise on the final norm's output, before the unembedding runs.
         """
         known, wanted = self.weights.bindings.by_address, self._sites(logits)
+        rows = torch.arange(len(position)) if isinstance(position, tuple) else None
+        if position == "all":
+            assert batch.mask is not None
+            position, rows = None, batch.mask.flatten().nonzero()[:, 0]
         if self.detail.attention != "source":
             names = [site for site in wanted if site in known]
             acts = self.model.capture(batch, names, positions=position, plan=plan)
-            return Seen(acts, {site: site for site in names}, self.c)
+            return Seen(acts, {site: site for site in names}, self.c, rows)
         needed = [f"blocks.{i}.attn.hook_v" for i in range(self.model.n_layers)]
         missing = [site for site in needed if site not in known]
         if missing:
@@ -196,20 +216,24 @@ class Readers:
             )
         keys = {site: str(Site.parse(site).at(positions=position)) for site in wanted if site in known}
         keys |= {site: site for site in self._whole_sites() if site in known}
-        return Seen(self.model.capture(batch, list(keys.values()), plan=plan), keys, self.c)
+        return Seen(self.model.capture(batch, list(keys.values()), plan=plan), keys, self.c, rows)
 
     def _sites(self, logits: bool) -> list[str]:
-        names = [*EMBEDDINGS.values(), "ln_final.hook_scale", f"blocks.{self.model.n_layers - 1}.hook_resid_post"]
-        names += ["unembed.hook_out", "logits"] if logits else ["ln_final.hook_out"]
-        parts = ["hook_attn_out", "hook_mlp_out"]
-        parts += ["attn.hook_z", "ln1_post.hook_scale"] if self.heads else []
-        parts += ["mlp.hook_post", "ln2_post.hook_scale"] if self.neurons else []
-        parts += ["attn.hook_pattern"] if self.detail.attention == "source" else []
-        return names + [f"blocks.{layer}.{part}" for layer in range(self.model.n_layers) for part in parts]
+        return [*EMBEDDINGS.values(), *self._end_sites(logits), self.stream, *self._branch_sites()]
+
+    def _end_sites(self, logits: bool) -> list[str]:
+        return ["ln_final.hook_scale", *(["unembed.hook_out", "logits"] if logits else ["ln_final.hook_out"])]
+
+    def _branch_sites(self) -> list[str]:
+        attention = ["hook_attn_out", *(["attn.hook_z", "ln1_post.hook_scale"] if self.heads is not None else [])]
+        attention += ["attn.hook_pattern"] if self.detail.attention == "source" else []
+        mlp = ["hook_mlp_out", *(["mlp.hook_post", "ln2_post.hook_scale"] if self.neurons is not None else [])]
+        names = [f"blocks.{layer}.{part}" for layer in range(self.depth[0]) for part in attention]
+        return names + [f"blocks.{layer}.{part}" for layer in range(self.depth[1]) for part in mlp]
 
     def _whole_sites(self) -> list[str]:
         parts = ("attn.hook_v", "hook_resid_pre", "ln1.hook_scale")
-        return [f"blocks.{layer}.{part}" for layer in range(self.model.n_layers) for part in parts]
+        return [f"blocks.{layer}.{part}" for layer in range(self.depth[0]) for part in parts]
 
     # Contributions ---------------------------------------------------------------------------------------------------
 
@@ -221,27 +245,33 @@ class Readers:
             r: Divisor of the final norm [example], if not the capture's own.
             logits: As for `capture`.
         """
-        n = self.model.n_layers
         divisor = self.divisor(seen) if r is None else r
         read = lambda x: torch.einsum("od,b...d->ob...", self.c, x) / divisor.view(1, -1, *[1] * (x.ndim - 2))
         parts = {name: read(seen.at(site)) for name, site in EMBEDDINGS.items() if seen.has(site)}
-        for name, site in (("attention", "hook_attn_out"), ("mlps", "hook_mlp_out")):
-            parts[name] = read(torch.stack([seen.at(f"blocks.{i}.{site}") for i in range(n)], 1))
+        for (name, site), depth in zip(
+            (("attention", "hook_attn_out"), ("mlps", "hook_mlp_out")), self.depth, strict=True
+        ):
+            parts[name] = self._by_layer([read(seen.at(f"blocks.{i}.{site}")) for i in range(depth)], divisor)
         parts["constant"] = self.constant[:, None].expand(-1, len(divisor))
         parts["measurement"] = self._measurement(seen, logits)
         checks = []
-        if self.heads:
+        if self.heads is not None:
             parts |= self._split_attention(seen, divisor)
             checks.append(parts["heads"].sum(-1) + parts["attention_bias"] - parts["attention"])
         if self.detail.attention == "source":
             sources, by_vector = self._split_sources(seen, divisor)
             parts["sources"] = sources
             checks += [sources.sum(-1) - parts["heads"], by_vector - parts["heads"]]
-        if self.neurons:
+        if self.neurons is not None:
             parts |= self._split_mlps(seen, divisor)
             checks.append(parts["neurons"].sum(-1) + parts["mlp_bias"] - parts["mlps"])
-        stream = read(seen.at(f"blocks.{n - 1}.hook_resid_post"))
+        stream = read(seen.at(self.stream))
         return parts | self._closing(parts, stream, checks)
+
+    def _by_layer(self, values: list[Tensor], divisor: Tensor, *shape: int) -> Float[Tensor, "obs example layer ..."]:
+        """Parts of each layer; zero for layers behind the stream that is read."""
+        zero = self.c.new_zeros(len(self.c), len(divisor), *shape)
+        return torch.stack([*values, *[zero] * (self.model.n_layers - len(values))], 2)
 
     def divisor(self, seen: Seen) -> Float[Tensor, "example"]:
         """The final norm's divisor of each example."""
@@ -256,35 +286,37 @@ class Readers:
 
     def _split_attention(self, seen: Seen, r: Tensor) -> dict[str, Tensor]:
         heads, biases = [], []
-        for layer, branch in enumerate(self.heads):
+        for layer, branch in enumerate(self.heads or []):
             inner = r * seen.divisor(branch.norm)
             z = seen.at(f"blocks.{layer}.attn.hook_z")
             heads.append(torch.einsum("ohk,bhk->obh", branch.reader, z) / inner[:, None])
             biases.append(branch.bias(r, inner))
-        found = torch.stack(heads, 2)
+        found = self._by_layer(heads, r, self.weights.sizes["head"])
         groups = found.unflatten(-1, (self.weights.layout.n_kv_heads, -1)).sum(-1)
-        return {"heads": found, "kv_heads": groups, "attention_bias": torch.stack(biases, 2)}
+        return {"heads": found, "kv_heads": groups, "attention_bias": self._by_layer(biases, r)}
 
     def _split_mlps(self, seen: Seen, r: Tensor) -> dict[str, Tensor]:
         neurons, biases = [], []
-        for layer, branch in enumerate(self.neurons):
+        for layer, branch in enumerate(self.neurons or []):
             inner = r * seen.divisor(branch.norm)
             post = seen.at(f"blocks.{layer}.mlp.hook_post") / inner[:, None]
             neurons.append(branch.reader[:, None] * post)
             biases.append(branch.bias(r, inner))
-        return {"neurons": torch.stack(neurons, 2), "mlp_bias": torch.stack(biases, 2)}
+        found = self._by_layer(neurons, r, self.weights.sizes["d_mlp"])
+        return {"neurons": found, "mlp_bias": self._by_layer(biases, r)}
 
     def _split_sources(self, seen: Seen, r: Tensor) -> tuple[Tensor, Tensor]:
         """Heads by source token, A[t, s] a · (W_V n_s + b_V); and heads again, by feature vectors of the stream."""
         sources, by_vector = [], []
-        for layer, branch in enumerate(self.heads):
-            start, length = seen.acts.batch.starts[0], seen.acts.batch.lengths[0]
-            pattern = seen.at(f"blocks.{layer}.attn.hook_pattern")[0, :, start : start + length]
-            pattern = pattern / (r * seen.divisor(branch.norm))
+        start, length = seen.acts.batch.starts[0], seen.acts.batch.lengths[0]
+        for layer, branch in enumerate(self.heads or []):
+            inner = (r * seen.divisor(branch.norm))[:, None, None]
+            pattern = seen.at(f"blocks.{layer}.attn.hook_pattern")[..., start : start + length] / inner
             values = seen.all(f"blocks.{layer}.attn.hook_v").repeat_interleave(self._group, 1)
-            sources.append(torch.einsum("ohk,nhk->ohn", branch.reader, values) * pattern)
-            by_vector.append((self._along_vectors(seen, layer, branch) * pattern).sum(-1))
-        return torch.stack(sources, 1)[:, None], torch.stack(by_vector, 1)[:, None]
+            sources.append(torch.einsum("ohk,nhk->ohn", branch.reader, values)[:, None] * pattern)
+            by_vector.append((self._along_vectors(seen, layer, branch)[:, None] * pattern).sum(-1))
+        heads = self.weights.sizes["head"]
+        return self._by_layer(sources, r, heads, length), self._by_layer(by_vector, r, heads)
 
     @property
     def _group(self) -> int:

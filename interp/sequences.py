@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.hooks.errors import ArgumentError, InputError
+from interp.hooks.errors import ArgumentError, InputError, PositionError
 from interp.hooks.model import Model
 from interp.hooks.table import Rows, Table
 from interp.observable_sets import ObservableSet
@@ -64,6 +64,26 @@ class SequenceObservable(Rows):
         """Whether each term is."""
         return all(observable.is_zero_sum for _, observable in self.terms)
 
+    def check_run(self, ids: Sequence[int], position: int = -1) -> None:
+        """Refuse a run of other tokens than the sequence was made from, and a position beside its own.
+
+        Raises:
+            ArgumentError: For such a run or position.
+            PositionError: If the run is shorter than the positions that the terms name.
+        """
+        if position != -1:
+            raise ArgumentError(
+                f"position={position} for the sequence {self.name!r}", "its own positions", "leave position= out"
+            )
+        if self.ids is not None and tuple(ids) != self.ids:
+            raise ArgumentError(
+                f"a prompt of {len(ids)} tokens that are not those of {self.name!r}",
+                f"the {len(self.ids)} tokens that it was made from, the continuation among them",
+                "pass [list(observable.ids)]",
+            )
+        if max(self.positions) >= len(ids):
+            raise PositionError(f"position {max(self.positions)} of {self.name!r}", f"one in 0..{len(ids) - 1}")
+
     def measure(self, logits: Float[Tensor, "*batch pos vocab"]) -> Float[Tensor, "*batch"]:
         """Return Σ n_p · logits_p.
 
@@ -108,6 +128,21 @@ class SequenceObservable(Rows):
 
     def _repr_html_(self) -> str:
         return Table(self.to_records(), self.name)._repr_html_()
+
+
+def refuse_sequence(observable: Any) -> None:
+    """Refuse a sequence where an observable is read at one position.
+
+    Raises:
+        ArgumentError: For a sequence.
+    """
+    if isinstance(observable, SequenceObservable):
+        raise ArgumentError(
+            f"the sequence {observable.name!r}, read at positions {observable.positions}",
+            "an observable of one position",
+            "give observable.terms one by one, each with its position; direct_attribution and propagate_all (or "
+            "propagate with site=) take a sequence as it is",
+        )
 
 
 def sequence(model: Model, terms: Sequence[tuple[int, Any]], name: str | None) -> SequenceObservable:

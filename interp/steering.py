@@ -18,6 +18,8 @@ from interp.hooks.model import Model
 from interp.hooks.table import Rows, Table
 from interp.observables import Observable
 from interp.propagation.feature_vectors import FeatureVector
+from interp.readout import Readout
+from interp.sequences import refuse_sequence
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,11 @@ def dose_response(
         plan: Further interventions, under which everything runs.
 
     Raises:
-        ArgumentError: If the vector is zero or has no position, or there are no doses or controls.
+        ArgumentError: If the vector is zero or has no position, the observable is not one of the logits at one
+            position, or there are no doses or controls.
     """
+    refuse_sequence(observable)
+    observable.check_logits(Readout.of(model).vocab)
     if vector.position is None or vector.norm == 0:
         raise ArgumentError(f"a vector of norm {vector.norm:.3g} at {vector.site}", "a direction at one position")
     if not len(doses) or random < 1:

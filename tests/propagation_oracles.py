@@ -110,8 +110,11 @@ def held(gated):
     return lambda m, args, out: out.detach() if gated else args[0] * (out / args[0]).detach()
 
 
-def network_gradients(model, ids, linearization, position=-1):
-    """Gradient of the measurement in front of each block, at z and at the neurons, by the network's code."""
+def network_gradients(model, ids, linearization, position=-1, readout=None):
+    """Gradient of the measurement in front of each block, at z and at the neurons, by the network's code.
+
+    Another readout is a function of what was kept at these sites, and of the logits.
+    """
     layout, kept = model.layout, {}
 
     def keep(name):
@@ -138,8 +141,9 @@ def network_gradients(model, ids, linearization, position=-1):
             handles += [m.register_forward_hook(frozen_norm) for m in norms(model)]
             handles += [m.register_forward_hook(held(gated)) for m, gated in activations(model)]
         logits = model.module(ids).logits
-        measured(model, logits[0, position]).backward()
-    return {name: x.grad[0] for name, x in kept.items()}
+        value = measured(model, logits[0, position]) if readout is None else readout(kept, logits)
+        value.backward()
+    return {name: x.grad[0] for name, x in kept.items() if x.grad is not None}
 
 
 def branch_pull(model, ids, layer, y, position, head=None, source=None):

@@ -18,6 +18,7 @@ from interp.propagation.feature_vectors import cosine, coupling
 from interp.propagation.paths import PathLike
 from interp.propagation.propagate import propagate
 from interp.propagation.reference import Reference
+from interp.sequences import refuse_sequence
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class ObservableComparison(Rows):
         site: What the vectors read.
         path: Along which components.
         cosine: Of the two feature vectors.
-        starting_cosine: Of W_Uᵀ n of the two, at the final norm's output: what the tokens' own rows share.
+        starting_cosine: Of W_Uᵀ n of the two, at the final norm's output: what the tokens' own rows share (of an
+            observable of a site, its own vector).
         control_cosine: Of the first and the control, along the same path.
         control_starting_cosine: Of W_Uᵀ n of the first and the control.
         coupling: C(first -> second).
@@ -102,10 +104,15 @@ def compare_observables(
         >>> found.cosine > found.control_cosine
         True
     """
+    for observable in (first, second, control):
+        refuse_sequence(observable)
     ref = None if prompt is None else Reference.of(model, prompt)
     options: dict[str, Any] = {"path": path, "site": site, "linearization": linearization}
     f, g, h = (propagate(model, n, ref, **options) for n in (first, second, control))
-    u, v, w = (n.pull_to_stream(model)[0] for n in (first, second, control))
+    u, v, w = (n.pull_to_stream(model)[0] if n.site is None else n.vector for n in (first, second, control))
+    assert u is not None
+    assert v is not None
+    assert w is not None
     return ObservableComparison(
         first.name, second.name, control.name, str(f.site), f.path, cosine(f, g), _cosine(u, v), cosine(f, h),
         _cosine(u, w), coupling(f, g), coupling(g, f),

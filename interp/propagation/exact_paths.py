@@ -16,6 +16,7 @@ from interp.observables import Observable
 from interp.propagation.paths import Path, Step
 from interp.propagation.reference import Reference
 from interp.propagation.stages import MLP
+from interp.sequences import refuse_sequence
 
 _BRANCHES = ("attn.hook_out", "mlp.hook_out")
 
@@ -35,6 +36,7 @@ class ExactPaths:
     """
 
     def __init__(self, model: Model, observable: Observable, clean: Any, corrupt: Any = None, position: int = -1):
+        refuse_sequence(observable)
         self.model, self.observable = model, observable
         known = model.bindings.by_address if model.bindings else {}
         sites = tuple(

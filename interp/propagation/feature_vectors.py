@@ -19,7 +19,7 @@ from interp.hooks.model import Model
 from interp.hooks.site import Site
 from interp.hooks.table import Rows, Table
 
-Form = Literal["reference", "data-free"]
+Form = Literal["reference", "ov", "data-free"]
 
 
 class ZeroVectorWarning(UserWarning):
@@ -37,8 +37,8 @@ class FeatureVector(Rows):
         observable: What was pulled back.
         path: Along which components, or "all paths".
         linearization: What was held.
-        form: ``reference`` (divisors, patterns and gates of a prompt) or ``data-free`` (gains and weights alone, to the
-            normalised input of the component).
+        form: ``reference`` (divisors, patterns and gates of a prompt), ``ov`` (the same without patterns) or
+            ``data-free`` (gains and weights alone, to the normalised input of the component).
         model: The model, for `top_tokens`; not saved.
         note: What to know when reading the numbers.
     """
@@ -147,7 +147,7 @@ class FeatureVector(Rows):
         return [row | ({"note": self.note} if self.note else {})]
 
     def __repr__(self) -> str:
-        held = self.form if self.form == "data-free" else self.linearization.name
+        held = {"data-free": self.form, "ov": f"{self.linearization.name}, ov"}.get(self.form, self.linearization.name)
         text = f"{self.observable} at {self.site} along {self.path} ({held}): width {len(self.vector)}"
         text += f", norm {self.norm:.4g}, offset {self.offset:.4g}"
         return f"FeatureVector({text}{', ' + self.note if self.note else ''})"

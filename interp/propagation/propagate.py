@@ -1,6 +1,6 @@
 """Propagate: an observable pulled back along one path, or over all paths to one site."""
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -14,12 +14,17 @@ from interp.propagation.mlp_points import MLPPoint
 from interp.propagation.paths import Path, PathLike, Step
 from interp.propagation.reference import Reference, Weights
 from interp.propagation.stages import MLP, Pulled, pull_branch, pull_gain, pull_head, pull_norm_at
-from interp.propagation.totals import pre_cap_note, propagate_all
+from interp.propagation.starts import Measured, path_to, pre_cap_note, start_of
+from interp.propagation.totals import propagate_all
+from interp.sequences import refuse_sequence
+
+Attn = Literal["pattern", "ov"]
 
 
 def propagate(
-    model: Model, observable: Observable, prompt: Any = None, *, path: PathLike | None = None,
+    model: Model, observable: Measured, prompt: Any = None, *, path: PathLike | None = None,
     site: SiteLike | None = None, linearization: LinearizationLike | None = None, reference: MLPPoint | None = None,
+    attn: Attn | None = None,
 ) -> FeatureVector:  # fmt: skip
     """Return the feature vector of an observable at the input of a path, or at a site over all paths.
 
@@ -31,9 +36,12 @@ def propagate(
 
     Over all paths the vector is the row of the linearised network, as one backward pass gives it.
 
+    An observable of a site (`Observable.from_residual`) starts there, as its own vector. A path to it ends at a
+    residual stream or a branch's output; its position takes the place of the logits'.
+
     Args:
         model: A decoder.
-        observable: What is pulled back.
+        observable: What is pulled back. A sequence is read at several positions: it has totals (``site=``), no paths.
         prompt: One text or token ids, a `Reference`, or None for the data-free form.
         path: ``L9H1@3 -> L13H11@5 -> logits@-1``, in execution order, or a `Path`.
         site: A site with a position, ``blocks.6.hook_resid_pre@3``, or with a head and a position,
@@ -43,6 +51,9 @@ def propagate(
             contributions that sum. Paths hold the attention pattern. The data-free form linearises nothing.
         reference: Where MLPs of a path are differentiated, if not at the prompt: `Boundary`, `MeanPoint` or
             `AverageGradient`.
+        attn: Along a path, ``pattern``: a head passes on A[t, s] of what it reads, so that scores are what flows;
+            ``ov``: A is left out (1), and divisors and MLPs are those at the path's positions. By default ``pattern``
+            with a prompt; without one there is only ``ov``.
 
     Raises:
         ArgumentError: If not exactly one of path and site is given, a component does not exist or cannot feed the
@@ -63,6 +74,7 @@ def propagate(
     """
     if (path is None) == (site is None):
         raise ArgumentError(f"path={path!r} and site={site!r}", "exactly one of them")
+    _check_attn(attn, prompt, site)
     if prompt is None:
         _refuse_without_prompt(site, linearization, reference)
     held = Linearization.of("path" if linearization is None else linearization)
@@ -78,12 +90,26 @@ def propagate(
             f"a path under overrides {dict(held.overrides)}", "the four fields of a Linearization alone",
             "total vectors (site=) take overrides",
         )  # fmt: skip
-    chosen = Path.parse(path)
+    refuse_sequence(observable)
+    assert isinstance(observable, Observable)
+    chosen = path_to(model, observable, Path.parse(path))
     if prompt is None:
         return _data_free(model, observable, chosen)
     chosen.check(model)
     ref = Reference.of(model, prompt)
-    return _along(ref, observable, chosen.check(model, ref.length), held, reference)
+    return _along(ref, observable, chosen.check(model, ref.length), held, reference, attn == "ov")
+
+
+def _check_attn(attn: str | None, prompt: Any, site: SiteLike | None) -> None:
+    if attn not in (None, "pattern", "ov"):
+        raise ArgumentError(f"attn={attn!r}", "'pattern' or 'ov'")
+    if attn == "pattern" and prompt is None:
+        raise ArgumentError("attn='pattern' without a prompt", "a prompt", "patterns are activations: pass prompt=")
+    if attn == "ov" and site is not None:
+        raise ArgumentError(
+            f"attn='ov' at site={str(site)!r}", "a path: pass path=",
+            "without patterns a sum over heads weights all of them alike",
+        )  # fmt: skip
 
 
 def _refuse_without_prompt(
@@ -104,7 +130,7 @@ def _refuse_without_prompt(
 
 
 def _total(
-    model: Model, observable: Observable, prompt: Any, site: Site, held: Linearization, reference: MLPPoint | None
+    model: Model, observable: Measured, prompt: Any, site: Site, held: Linearization, reference: MLPPoint | None
 ) -> FeatureVector:
     if reference is not None:
         raise ArgumentError(
@@ -116,35 +142,48 @@ def _total(
 
 
 def _along(
-    ref: Reference, observable: Observable, path: Path, held: Linearization, reference: MLPPoint | None
+    ref: Reference, observable: Observable, path: Path, held: Linearization, reference: MLPPoint | None, ov: bool
 ) -> FeatureVector:
-    model = ref.model
-    w, constant = observable.pull_to_stream(model)
-    y, offset = pull_norm_at(ref, w.to(ref.weights.device, ref.weights.dtype), "ln_final", held.norm, path.position)
-    offset = behind = offset + constant
-    site = Site(f"blocks.{model.n_layers - 1}.hook_resid_post").at(positions=path.position)
-    here = path.position
+    model, here = ref.model, path.position
+    y, offset, site, end = _end(ref, observable, path, held)
+    behind = offset
     for step in reversed(path.steps):
         if step.head is None:
             y, offset = _through_mlp(ref, y, step.layer, here, held, reference, float(behind))
         else:
-            y, offset, here = _through_head(ref, y, step, here, held)
+            y, offset, here = _through_head(ref, y, step, here, held, ov)
         behind = behind + offset
         site = Site(f"blocks.{step.layer}.{_entrance(model, step)}").at(positions=here)
     if path.embed:
         site = Site("hook_embed").at(positions=here)
-    note = pre_cap_note(model)
-    return FeatureVector(y, float(offset), site, observable.name, str(path), held, "reference", model, note)
+    note = pre_cap_note(model) if observable.site is None else ""
+    text = " -> ".join([*(["embed"] if path.embed else []), *map(str, path.steps), end])
+    form = "ov" if ov else "reference"
+    return FeatureVector(y, float(offset), site, observable.name, text, held, form, model, note)
 
 
-def _through_head(ref: Reference, y: Tensor, step: Step, here: int, held: Linearization) -> tuple[Tensor, Tensor, int]:
+def _end(ref: Reference, observable: Observable, path: Path, held: Linearization) -> tuple[Tensor, Tensor, Site, str]:
+    """What a path starts back from: y, its constant, the site that y reads, and how the path's end is called."""
+    if observable.site is not None:
+        start = start_of(ref, [observable], path.position)
+        site = observable.site.at(positions=path.position)
+        return start.covectors[0, path.position], start.constant[0], site, str(site)
+    w, constant = observable.pull_to_stream(ref.model)
+    y, offset = pull_norm_at(ref, w.to(ref.weights.device, ref.weights.dtype), "ln_final", held.norm, path.position)
+    site = Site(f"blocks.{ref.model.n_layers - 1}.hook_resid_post").at(positions=path.position)
+    return y, offset + constant, site, f"logits@{path.position}"
+
+
+def _through_head(
+    ref: Reference, y: Tensor, step: Step, here: int, held: Linearization, ov: bool
+) -> tuple[Tensor, Tensor, int]:
     if step.source is None:
         raise ArgumentError(
             f"{step} without a source position", f"one, as in {step}@3", "or no prompt: the data-free form"
         )
     assert step.head is not None
     y, _ = pull_branch(ref, y, step.layer, "ln1_post", held.norm, here)
-    probability = ref.pattern(step.layer)[step.head, here, step.source]
+    probability = 1.0 if ov else ref.pattern(step.layer)[step.head, here, step.source]
     y, values = pull_head(ref.weights, y, step.layer, step.head, probability)
     y, norm = pull_norm_at(ref, y, f"blocks.{step.layer}.ln1", held.norm, step.source)
     return y, values + norm, step.source
@@ -179,9 +218,7 @@ def _data_free(model: Model, observable: Observable, path: Path) -> FeatureVecto
             f"{', '.join(what)} on a path without a prompt", "heads without positions",
             "MLPs, positions and the embedding need a prompt's activations: pass prompt=",
         )  # fmt: skip
-    w, constant = observable.pull_to_stream(model)
-    y, offset = pull_gain(w.to(weights.device, weights.dtype), weights.norm("ln_final"))
-    offset, site = offset + constant, Site("ln_final.hook_normalized")
+    y, offset, site, end = _data_free_end(weights, observable)
     for step in reversed(path.steps):
         assert step.head is not None
         y, _ = pull_gain(y * weights.layout.branch_scale, weights.norm(f"blocks.{step.layer}.ln1_post"))
@@ -191,7 +228,19 @@ def _data_free(model: Model, observable: Observable, path: Path) -> FeatureVecto
         offset = values + norm
         exists = weights.norm(name) is not None
         site = Site(f"{name}.hook_normalized" if exists else f"blocks.{step.layer}.hook_resid_pre")
-    steps = " -> ".join([*map(str, path.steps), "logits"])
+    steps = " -> ".join([*map(str, path.steps), end])
     held = Linearization.of("path")
-    note = pre_cap_note(model)
+    note = pre_cap_note(model) if observable.site is None else ""
     return FeatureVector(y, float(offset), site, observable.name, steps, held, "data-free", model, note)
+
+
+def _data_free_end(weights: Weights, observable: Observable) -> tuple[Tensor, Tensor, Site, str]:
+    if observable.site is not None:
+        assert observable.vector is not None
+        y, site = observable.vector.to(weights.device, weights.dtype), observable.site.whole
+        if len(y) != weights.sizes["d_model"]:
+            raise ArgumentError(f"observable vector of length {len(y)}", f"{weights.sizes['d_model']}, as {site} has")
+        return y, y.new_tensor(observable.offset), site, str(site)
+    w, constant = observable.pull_to_stream(weights.model)
+    y, offset = pull_gain(w.to(weights.device, weights.dtype), weights.norm("ln_final"))
+    return y, offset + constant, Site("ln_final.hook_normalized"), "logits"

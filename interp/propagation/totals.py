@@ -14,10 +14,10 @@ from interp.hooks.linearization import Linearization, LinearizationLike
 from interp.hooks.model import Model
 from interp.hooks.site import Site, SiteLike
 from interp.hooks.table import Rows, Table
-from interp.observables import Observable
 from interp.propagation.feature_vectors import FeatureVector
 from interp.propagation.reference import Reference
 from interp.propagation.stages import MLP, pull_branch, pull_heads, pull_norm_at
+from interp.propagation.starts import Measured, Start, read_measured, start_of
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 
@@ -34,8 +34,8 @@ class Totals(Rows, Mapping[str, Tensor]):
         covectors: By site, in the order of the backward sweep.
         offsets: Constant terms [observable] at residual sites.
         observables: Names.
-        position: Whose logits are measured.
-        measurement: n · logits of each observable (before a final soft-cap).
+        position: Whose logits (or site) are measured; the last position of sequences.
+        measurement: Value of each observable: n · logits (before a final soft-cap), or vector · x at its site.
         linearization: What was held.
         reference: The run around which the network was linearised.
         note: What to know when reading the numbers.
@@ -145,14 +145,8 @@ def _tolerance(model: Model) -> float:
     return _TOLERANCE.get(model.dtype, 5e-2)
 
 
-def pre_cap_note(model: Model) -> str:
-    """What a result says of a model that soft-caps its logits."""
-    capped = model.layout is not None and model.layout.logit_softcap is not None
-    return "measured on the logits before the soft-cap" if capped else ""
-
-
 def propagate_all(
-    model: Model, observables: "Observable | Sequence[Observable]", prompt: Any, *, position: int = -1,
+    model: Model, observables: "Measured | Sequence[Measured]", prompt: Any, *, position: int = -1,
     linearization: LinearizationLike = "path", sites: Sequence[SiteLike] | None = None,
 ) -> Totals:  # fmt: skip
     """Return the covectors of observables at every site, over all paths, from one backward sweep.
@@ -163,9 +157,11 @@ def propagate_all(
 
     Args:
         model: A decoder.
-        observables: One, or several.
+        observables: One, or several: all of the logits, among them sequences (`Observable.sequence`), or all of one site
+            (`Observable.from_residual`), from which the sweep then begins.
         prompt: One text or token ids, or a `Reference`.
-        position: Whose next-token logits are measured.
+        position: Whose next-token logits are measured, or where the observables' site is read, where they do not name
+            positions of their own.
         linearization: ``path``, ``frozen``, ``exact`` or another.
         sites: Sites to keep: residual streams, ``hook_attn_out``, ``hook_mlp_out``, ``attn.hook_z``, ``attn.hook_v``,
             ``mlp.hook_post``, ``ln1.hook_out``, ``ln2.hook_out``, ``ln_final.hook_out``, ``hook_embed``,
@@ -174,6 +170,8 @@ def propagate_all(
     Raises:
         SiteUnavailableError: If the model has no residual stream.
         SiteError: If a site is not one of these.
+        ArgumentError: If observables are of different sites, a vector does not fit its site, or a sequence was made
+            from other tokens.
         CompletenessError: If the parts at a residual site do not sum to the measurement.
 
     Source: Dunefsky & Cohan 2024; the sum over all paths is an extension.
@@ -187,22 +185,21 @@ def propagate_all(
         torch.Size([1, 12, 576])
     """
     held = Linearization.of(linearization)
-    many = [observables] if isinstance(observables, Observable) else list(observables)
-    if not many or not all(isinstance(n, Observable) for n in many):
-        raise ArgumentError(f"observables={observables!r:.80}", "an Observable, or a list of them")
+    many, wanted = read_measured(observables), _wanted(model, sites)
     ref = Reference.of(model, prompt)
-    place = ref.position(position)
-    wanted = _wanted(model, sites)
-    plain = held.attention == "frozen" and not held.overrides
+    start = start_of(ref, many, position)
+    plain = held.attention == "frozen" and not held.overrides and start.site.endswith(_STARTS)
     closed = plain and all(ref.activation(i) is not None for i in range(model.n_layers))
-    sweep = _Sweep(ref, many, place, held)
+    sweep = _Sweep(ref, start, held)
     if closed:
         sweep.run(wanted)
     else:
         sweep.run_autograd(wanted)
+    if not wanted & set(sweep.values):
+        raise SiteError(f"totals at {', '.join(sorted(wanted)[:3])}", f"sites in front of {start.site}, which is read")
     found = Totals(
         {s: v for s, v in sweep.values.items() if s in wanted}, {s: c for s, c in sweep.offsets.items() if s in wanted},
-        [n.name for n in many], place, sweep.measurement, held, ref, pre_cap_note(model),
+        start.names, start.position, sweep.measurement, held, ref, start.note,
     )  # fmt: skip
     wrong = [row for row in found.check() if not row["holds"]]
     if wrong:
@@ -217,6 +214,8 @@ def _incomplete(model: Model, where: str, error: float) -> CompletenessError:
     )
 
 
+# Where the closed form begins; from other sites it is a backward pass.
+_STARTS = ("ln_final.hook_out", "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 _SWEPT = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 _INNER = ("attn.hook_z", "attn.hook_v", "mlp.hook_post", "ln1.hook_out", "ln2.hook_out")
 _ENDS = ("hook_embed", "hook_pos_embed", "ln_final.hook_out")
@@ -240,68 +239,69 @@ def _wanted(model: Model, sites: Sequence[SiteLike] | None) -> set[str]:
 
 
 class _Sweep:
-    """Covectors [observable, pos, d] moved from the final norm to the embedding."""
+    """Covectors [observable, pos, d] moved from where observables are read to the embedding."""
 
-    def __init__(self, ref: Reference, observables: list[Observable], position: int, held: Linearization):
-        self.ref, self.model, self.held, self.position = ref, ref.model, held, position
-        self.observables = observables
-        pulled = [n.pull_to_stream(self.model) for n in observables]
-        self.start = torch.stack([w for w, _ in pulled]).to(ref.weights.device, ref.weights.dtype)
-        self.constant = torch.tensor([c for _, c in pulled], dtype=ref.weights.dtype, device=self.start.device)
-        logits = ref.logits(position) * ref.weights.layout.logit_scale
-        self.measurement = torch.stack([n.measure(logits) for n in observables]).to(self.start)
+    def __init__(self, ref: Reference, start: Start, held: Linearization):
+        self.ref, self.model, self.held, self.start = ref, ref.model, held, start
+        self.measurement, self.offset = start.measurement, start.constant
         self.values: dict[str, Tensor] = {}
         self.offsets: dict[str, Tensor] = {}
+        self._begun = False
 
     def run(self, wanted: set[str]) -> None:
         """The closed form."""
-        model, last = self.model, self.model.n_layers - 1
-        y, offset = pull_norm_at(self.ref, self.start, "ln_final", self.held.norm, self.position)
-        self.values["ln_final.hook_out"], total = self._placed(self.start), self._placed(y)
-        self._keep(f"blocks.{last}.hook_resid_post", total, self.constant + offset)
-        for layer in reversed(range(model.n_layers)):
+        start, layers = self.start, self.model.n_layers
+        total = torch.zeros_like(start.covectors)
+        if start.site == "ln_final.hook_out":
+            y = self._reach(start.site, total)
+            total, offset = pull_norm_at(self.ref, y, "ln_final", self.held.norm)
+            self.offset = self.offset + offset.sum(-1)
+        else:
+            layers = int(start.site.split(".")[1]) + 1
+        for layer in reversed(range(layers)):
             total = self._block(layer, total, wanted)
         for name in ("hook_embed", "hook_pos_embed"):
             self.values[name] = total
         if not self.ref.has("hook_pos_embed"):
             self.offsets["hook_embed"] = self.offset
 
-    def _placed(self, y: Tensor) -> Tensor:
-        """A covector at the measured position, zero elsewhere."""
-        total = y.new_zeros(len(y), self.ref.length, y.shape[-1])
-        total[:, self.position] = y
+    def _reach(self, site: str, y: Tensor) -> Tensor:
+        """What arrives at a site: from behind it, or because the sweep begins there."""
+        if site == self.start.site:
+            self._begun, y = True, y + self.start.covectors
+        if self._begun:
+            self.values[site] = y
+        return y
+
+    def _put(self, site: str, y: Tensor) -> None:
+        """At a site inside a branch; two branches may read it, as the norm of a parallel block."""
+        if self._begun:
+            self.values[site] = self.values[site] + y if site in self.values else y
+
+    def _keep(self, site: str, total: Tensor, offset: Tensor) -> Tensor:
+        """At a residual stream, with the offset that belongs to it."""
+        total, self.offset = self._reach(site, total), offset
+        if self._begun:
+            self.offsets[site] = offset
         return total
-
-    def _add(self, site: str, y: Tensor) -> None:
-        """To a site that two branches may read, as the norm of a parallel block."""
-        self.values[site] = self.values[site] + y if site in self.values else y
-
-    def _keep(self, site: str, total: Tensor, offset: Tensor) -> None:
-        self.values[site], self.offsets[site], self.offset = total, offset, offset
 
     def _block(self, layer: int, total: Tensor, wanted: set[str]) -> Tensor:
         parallel, name = self.ref.weights.layout.parallel, f"blocks.{layer}"
-        self.values[f"{name}.hook_mlp_out"] = total
-        through_mlp, mlp_offset = self._mlp(layer, total, wanted)
+        total = self._keep(f"{name}.hook_resid_post", total, self.offset)
+        through_mlp, mlp_offset = self._mlp(layer, self._reach(f"{name}.hook_mlp_out", total), wanted)
         if not parallel:
-            total = total + through_mlp
-            self._keep(f"{name}.hook_resid_mid", total, self.offset + mlp_offset)
-        self.values[f"{name}.hook_attn_out"] = total
-        through_heads, offset = self._attention(layer, total)
+            total = self._keep(f"{name}.hook_resid_mid", total + through_mlp, self.offset + mlp_offset)
+        through_heads, offset = self._attention(layer, self._reach(f"{name}.hook_attn_out", total))
         if parallel:
             total, offset = total + through_mlp, offset + mlp_offset
-        total = total + through_heads
-        self._keep(f"{name}.hook_resid_pre", total, self.offset + offset)
-        if layer:
-            self._keep(f"blocks.{layer - 1}.hook_resid_post", total, self.offset)
-        return total
+        return self._keep(f"{name}.hook_resid_pre", total + through_heads, self.offset + offset)
 
     def _mlp(self, layer: int, total: Tensor, wanted: set[str]) -> tuple[Tensor, Tensor]:
         y, post_norm = pull_branch(self.ref, total, layer, "ln2_post", self.held.norm)
         pulled, post, offset = MLP(self.ref, layer).pull(y, self.held, self.ref.mlp_input(layer))
         if f"blocks.{layer}.mlp.hook_post" in wanted:
-            self.values[f"blocks.{layer}.mlp.hook_post"] = post
-        self._add(f"{self.ref.mlp_norm(layer)}.hook_out", pulled)
+            self._put(f"blocks.{layer}.mlp.hook_post", post)
+        self._put(f"{self.ref.mlp_norm(layer)}.hook_out", pulled)
         x, norm = pull_norm_at(self.ref, pulled, self.ref.mlp_norm(layer), self.held.norm)
         return x, (post_norm + offset + norm).sum(-1)
 
@@ -309,28 +309,27 @@ class _Sweep:
         name = f"blocks.{layer}"
         y, post_norm = pull_branch(self.ref, total, layer, "ln1_post", self.held.norm)
         pulled, z, v, offset = pull_heads(self.ref.weights, y, layer, self.ref.pattern(layer))
-        self.values[f"{name}.attn.hook_z"], self.values[f"{name}.attn.hook_v"] = z, v
-        self._add(f"{name}.ln1.hook_out", pulled)
+        self._put(f"{name}.attn.hook_z", z)
+        self._put(f"{name}.attn.hook_v", v)
+        self._put(f"{name}.ln1.hook_out", pulled)
         x, norm = pull_norm_at(self.ref, pulled, f"{name}.ln1", self.held.norm)
         return x, offset + (post_norm + norm).sum(-1)
 
     def run_autograd(self, wanted: set[str]) -> None:
         """One batched backward pass through the network with its decisions held."""
         ends = [s for s in ("hook_embed", "hook_pos_embed") if self.ref.has(s)]
-        sites = [s for s in _order(self.model) if s in wanted or s in ends]
-        start, scale = self.ref.batch.starts[0], self.ref.weights.layout.logit_scale
-
-        def readout(logits: Tensor) -> Tensor:
-            here = logits[0, start + self.position] * scale
-            return torch.stack([n.measure(here) for n in self.observables])
-
-        grads, constant = frozen_gradients(self.model, self.ref.batch, sites, "unembed.hook_out", readout, self.held)
+        order, start = _order(self.model), self.ref.batch.starts[0]
+        before = order[: order.index(self.start.output) + 1]
+        sites = [s for s in before if s in wanted or s in ends]
+        grads, constant = frozen_gradients(
+            self.model, self.ref.batch, sites, self.start.output, self.start.readout, self.held
+        )
         for site, grad in grads.items():
-            grad = grad[:, start : start + self.ref.length].to(self.start)
+            grad = grad[:, start : start + self.ref.length].to(self.start.covectors)
             self.values[site] = grad
             if "resid" in site:
                 self.offsets[site] = self.measurement - (grad * self.ref.at(site)).flatten(1).sum(1)
-        constant = constant.to(self.start)
+        constant = constant.to(self.measurement)
         if len(ends) == 1:
             self.offsets[ends[0]] = constant
         self._check_at(ends, constant)

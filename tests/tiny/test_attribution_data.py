@@ -52,6 +52,22 @@ def test_positions(position):
     assert_is_the_mean_of(found, singles(model, weighted(model), MIXED, position=position))
 
 
+@pytest.mark.parametrize(("name", "side"), [("gemma2", "left"), ("gpt2", "right")])
+def test_every_token_counts_where_all_positions_are_asked_for(name, side):
+    model = interp.attach(build(name))
+    places = [(row, p) for row in MIXED for p in range(len(row))]
+    rows, at = [row for row, _ in places], [p for _, p in places]
+    alone = singles(model, weighted(model), rows, position=at)
+    for size, budget in ((16, "1GiB"), (2, 30_000)):
+        found = interp.attribute_dataset(
+            model, weighted(model), MIXED, position="all", batch_size=size, budget=budget, padding_side=side
+        )
+        assert found.n == len(places) == sum(map(len, MIXED))
+        assert_is_the_mean_of(found, alone)
+    with pytest.raises(SizeError, match="a prompt of 7 tokens, all of them attributed; needed: at most"):
+        interp.attribute_dataset(model, weighted(model), MIXED, position="all", budget=12_000)
+
+
 def test_positions_by_what_the_text_says(tokenizer):
     model = interp.attach(build("llama"), tokenizer)
     texts = ["the cat sat", "a red cat ran on", "cat and dog"]

@@ -10,9 +10,9 @@ from tests.cases import build, inputs_for
 pytestmark = pytest.mark.filterwarnings("ignore:.*which nnsight already serves")
 
 
-# A bridge computes its hooked norms' scales under no_grad, which a tape refuses: GPT-2's are not, Llama's are.
 @pytest.mark.parametrize(("name", "engine"), [
-    ("gpt2", "TransformerBridge"), ("gpt2", "compatibility mode"), ("gpt2", "nnsight"), ("llama", "nnsight"),
+    ("gpt2", "TransformerBridge"), ("llama", "TransformerBridge"), ("gemma2", "TransformerBridge"),
+    ("gpt2", "compatibility mode"), ("gpt2", "nnsight"), ("llama", "nnsight"),
 ])  # fmt: skip
 def test_scores_of_attention_are_the_same(name, engine, tokenizer, bridge_package, nnsight_package):
     ids = inputs_for(name)[:1]
@@ -21,6 +21,25 @@ def test_scores_of_attention_are_the_same(name, engine, tokenizer, bridge_packag
     assert found.score == pytest.approx(wanted.score, rel=1e-3, abs=1e-3)
     if engine != "compatibility mode":
         torch.testing.assert_close(found.matrix, wanted.matrix, rtol=1e-4, atol=1e-4)
+
+
+def linearised(model, ids):
+    """What a scope, and a Jacobian, say of the network's own code: rows by pulling, columns by pushing."""
+    scope = interp.LinearScope(model, ids, output="blocks.1.hook_resid_post")
+    assert all(row["holds"] for row in scope.check())
+    jacobian = interp.jacobian(model, ids, source="blocks.0.hook_resid_post", target="blocks.2.hook_resid_pre")
+    return {"r": scope.r, "Fx": scope.Fx, "row": scope.rows([(6, 3)]), "Jacobian": jacobian.dense()}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
+def test_a_raw_bridge_is_linearised_as_the_model(name, tokenizer, bridge_package):
+    """A bridge computes the scales of its hooked norms under no_grad, and does not go on with them."""
+    ids = inputs_for(name)[:1]
+    bridge, plain = (linearised(model, ids) for model in (
+        identities.ENGINES["TransformerBridge"](name, tokenizer), interp.attach(build(name))
+    ))  # fmt: skip
+    for part, wanted in plain.items():
+        torch.testing.assert_close(bridge[part], wanted.to(bridge[part]), rtol=1e-4, atol=1e-4, msg=part)
 
 
 def test_compatibility_mode_moves_all_logits_of_a_position_alike(tokenizer, bridge_package):

@@ -302,6 +302,62 @@ def test_no_grad_in_the_forward_is_refused():
         scope_of(cut, draw(1, 4))
 
 
+def hides(fn):
+    """A network that computes something of its input under no_grad, and what it does with it."""
+
+    def run(x):
+        with torch.no_grad():
+            scale = (x.float().pow(2).mean(-1, keepdim=True) + 1e-3).sqrt()
+            scale.add_(1.0)
+        return fn(x, scale)
+
+    return run
+
+
+def logged(x, scale):
+    logged.seen = scale.clone()
+    logged.shown = f"{tuple(scale.shape)}"
+    return F.silu(x) * x
+
+
+def test_what_is_computed_under_no_grad_for_a_networks_own_books_is_let_be():
+    """As a TransformerBridge does with its norms' scales: nothing that is given out depends on it."""
+    x = draw(1, 4)
+    for linearization in ("frozen", "exact"):
+        scope, wanted = scope_of(hides(logged), x, linearization), scope_of(lambda v: F.silu(v) * v, x, linearization)
+        assert_checks(scope)
+        torch.testing.assert_close(scope.dense(), wanted.dense(), rtol=0, atol=0)
+        torch.testing.assert_close(scope.matvec(draw(1, 4, seed=5)), wanted.matvec(draw(1, 4, seed=5)), rtol=0, atol=0)
+        assert torch.equal(scope.r, wanted.r)
+    assert logged.seen is not None
+
+
+def write_in_place(x, scale):
+    with torch.no_grad():
+        x[..., :2].mul_(2.0)
+    return x
+
+
+def write_to(x, scale):
+    with torch.no_grad():
+        x.add_(1.0)
+    return x
+
+
+@pytest.mark.parametrize(("fn", "error", "text"), [
+    (lambda x, s: x / s, UnsupportedOpError, r"div.* in inner depends on what .* computed under no_grad"),
+    (lambda x, s: x.masked_fill(s > 1, 0.0), UnsupportedOpError, r"masked_fill.* in inner depends on what"),
+    (lambda x, s: s.expand(1, 4) + 0.0, UnsupportedOpError, r"the output depends on what .* computed under no_grad"),
+    (lambda x, s: x if bool(s.max() > 1) else -x, ControlFlowError, r"bool.* in inner reads a value that"),
+    (lambda x, s: x * float(s.sum()), ControlFlowError, r"float.* in inner reads a value that"),
+    (write_in_place, UnsupportedOpError, r"mul in inner cuts a live value off: it writes under no_grad"),
+    (write_to, UnsupportedOpError, r"add in inner cuts a live value off"),
+])  # fmt: skip
+def test_what_depends_on_it_is_refused(fn, error, text):
+    with pytest.raises(error, match=text):
+        scope_of(Gate(hides(fn)), draw(1, 4))
+
+
 def test_control_flow_on_a_live_value_is_held_or_refused_but_never_ignored():
     """A comparison is a decision that is held; reading it with `if` is control flow on a constant of the tape."""
     scope = scope_of(lambda x: x if x.sum() > 0 else -x, draw(1, 4))
