@@ -14,8 +14,11 @@ from torch import Tensor
 
 from interp.hooks.linearization import Linearization
 from interp.hooks.weights import Norm
+from interp.jacobians.kernels import device
+from interp.jacobians.kernels.rows import gate_tangent, ln_jvp, rms_jvp
+from interp.jacobians.kernels.sandwich import Sandwich
 from interp.propagation.reference import Reference
-from interp.propagation.stages import MLP, pull_norm, push_norm
+from interp.propagation.stages import MLP
 
 _ACTIVE_SHARE = 0.6
 
@@ -57,16 +60,19 @@ class NormAt:
 
     def push(self, v: Tensor, span: slice) -> Tensor:
         """A tangent of the input as one of the output."""
-        if self.norm is not None:
-            v = push_norm(v, self.norm, self.mode, self.scale[span], self.normalized[span])
+        v = self._through(v, span)
         return v if self.factor == 1.0 else v * self.factor
 
     def pull(self, w: Tensor, span: slice) -> Tensor:
         """A covector of the output as one of the input."""
-        w = w if self.factor == 1.0 else w * self.factor
+        return self._through(w if self.factor == 1.0 else w * self.factor, span, transposed=True)
+
+    def _through(self, v: Tensor, span: slice, transposed: bool = False) -> Tensor:
         if self.norm is None:
-            return w
-        return pull_norm(w, self.norm, self.mode, self.scale[span], self.normalized[span])[0]
+            return v
+        jvp = ln_jvp if self.norm.centred else rms_jvp
+        n, r = self.normalized[span], self.scale[span]
+        return jvp(v, n, r, self.norm.gain, self.mode != "tangent", transposed)
 
     def dense(self, position: int, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
         """The Jacobian at one position."""
@@ -122,7 +128,7 @@ class GateBranch:
         self.behind = NormAt(ref, f"blocks.{layer}.ln2_post" if behind else None, held, factor)
         self.p, self.q = mlp.factors(ref.mlp_input(layer), held)
         self.plain = mlp.pre.weight.T, None if mlp.up is None else mlp.up.weight.T
-        self.out = mlp.down.weight.T
+        self.out = self._laid(mlp.down.weight).T
         self._folded: tuple[Tensor, Tensor | None] | None = None
         self._scratch: Tensor | None = None
 
@@ -131,16 +137,22 @@ class GateBranch:
         """W_pre and W_up [f, d] with the norm's gain and centring."""
         if self._folded is None:
             pre, up = self.plain
-            self._folded = self.before.fold(pre), None if up is None else self.before.fold(up)
+            self._folded = self._laid(self.before.fold(pre)), None if up is None else self._laid(self.before.fold(up))
         return self._folded
+
+    @staticmethod
+    def _laid(weight: Tensor) -> Tensor:
+        """Neurons innermost where kernels run, as they read them."""
+        return weight.T.contiguous().T if device.fits_kernels(weight) else weight
 
     def push(self, v: Float[Tensor, "k pos d"], span: slice) -> Float[Tensor, "k pos d"]:
         """J v."""
         pre, up = self.plain
         n = self.before.push(v, span)
-        hidden = (n @ pre.T) * self.p[span]
-        if up is not None and self.q is not None:
-            hidden = hidden.addcmul_(n @ up.T, self.q[span])
+        if up is None or self.q is None:
+            hidden = gate_tangent(self.p[span], n @ pre.T)
+        else:
+            hidden = gate_tangent(self.p[span], n @ pre.T, self.q[span], n @ up.T)
         return self.behind.push(hidden @ self.out.T, span)
 
     def pull(self, w: Float[Tensor, "k pos d"], span: slice) -> Float[Tensor, "k pos d"]:
@@ -169,6 +181,34 @@ class GateBranch:
         if up is not None and q is not None:
             middle.addcmul_(up, q[:, None])
         return torch.mm(left, middle, out=out) if out is not None else left @ middle
+
+    def sandwich(
+        self, positions: list[int], rows: Tensor | None, columns: Tensor | None, skip: bool = False
+    ) -> Sandwich | None:
+        """What the Jacobians of many tokens are made of, for one kernel.
+
+        None where tokens are better taken one by one: a norm behind mixes their rows, most neurons are off, or the
+        identity would have to be cut.
+        """
+        cut = rows is not None or columns is not None
+        if self.behind.norm is not None or (skip and cut):
+            return None
+        (pre, up), out = self.folded, self.out
+        scale = 1.0 if self.before.norm is None else self.before.scale[positions]
+        p = self.p[positions] * (self.behind.factor / scale)
+        q = None if self.q is None or up is None else self.q[positions] * (self.behind.factor / scale)
+        active = (p != 0) if q is None else (p != 0) | (q != 0)
+        if int(active.sum()) < _ACTIVE_SHARE * active.numel():
+            return None
+        n = c = None
+        if self.before.norm is not None and self.before.mode == "tangent":
+            n = self.before.normalized[positions]
+            c = gate_tangent(p, n @ pre.T, q, None if up is None else n @ up.T) @ out.T / n.shape[-1]
+        if rows is not None:
+            out, c = out[rows], None if c is None else c[:, rows]
+        if columns is not None:
+            pre, up, n = pre[:, columns], None if up is None else up[:, columns], None if n is None else n[:, columns]
+        return Sandwich(out, pre, p, up if q is not None else None, q, n, c, skip)
 
     @cached_property
     def tables(self) -> tuple[Tensor, Tensor | None, Tensor | None]:

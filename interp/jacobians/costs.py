@@ -5,6 +5,7 @@ import math
 from interp.jacobians.branches import GateBranch
 from interp.jacobians.chain import ChainEngine
 from interp.jacobians.engine import Engine
+from interp.jacobians.fused import choice_of
 from interp.jacobians.graph import GraphEngine
 from interp.jacobians.heads import AttentionBranch
 from interp.jacobians.places import End, Place
@@ -12,6 +13,8 @@ from interp.jacobians.plan import Plan, gemm_rate
 
 # Values that a backward pass through one position of one block holds at a time, in units of the source's width.
 LIVE = 16
+# Tokens of the trial that chooses between a kernel and torch.
+_TRIED = 8
 # A backward pass reaches about this share of a matrix product's speed.
 _AUTOGRAD_SPEED = 0.5
 
@@ -53,6 +56,10 @@ def make_plan(
     if isinstance(engine, ChainEngine):
         side = "columns" if engine.by_columns(sizes[0][1], sizes[0][0]) else "rows"
         method += ", block by block" if composed else f", pruned, by {side}"
+        kernel = choice_of(engine, places[:_TRIED], ends[1].indices, ends[0].indices)
+        if kernel is not None:
+            method += ", fused kernel" if kernel.fused else ", scaled weights of several tokens"
+            notes = [*notes, f"chosen: {kernel}"]
         scratch = 2 * math.prod(engine.shapes[0]) * _width(engine) * each if composed else scratch
     speed = gemm_rate(engine.like.device.type, engine.like.dtype) * (1 if composed else _AUTOGRAD_SPEED)
     return Plan(

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.jacobians.kernels.device import float32_products
 from interp.jacobians.places import Place
 
 
@@ -34,15 +35,8 @@ class Engine(ABC):
     @contextmanager
     def products(self) -> Iterator[None]:
         """No gradients, and float32 products as precise as was asked for, whatever the process-wide flag says."""
-        before = torch.backends.cuda.matmul.allow_tf32
-        if self.like.is_cuda:
-            torch.backends.cuda.matmul.allow_tf32 = self.tf32
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            if self.like.is_cuda:
-                torch.backends.cuda.matmul.allow_tf32 = before
+        with float32_products(self.like, self.tf32), torch.no_grad():
+            yield
 
     @abstractmethod
     def push(self, place: Place, v: Float[Tensor, "k ..."]) -> Float[Tensor, "k ..."]:
@@ -68,6 +62,11 @@ class Engine(ABC):
                 probe = self.basis(place, 1, rows, start, stop)
                 out[start:stop] = self.keep(place, 0, columns, self.pull(place, probe))
         return out
+
+    def dense_all(self, places: list[Place], rows: Tensor | None, columns: Tensor | None, out: Tensor) -> None:
+        """Fill ``out`` [places, outputs, inputs] with the matrices of places of one shape."""
+        for place, one in zip(places, out, strict=True):
+            self.dense(place, rows, columns, one)
 
     def by_columns(self, n_in: int, n_out: int) -> bool:
         """Whether a matrix is made of columns rather than of rows."""

@@ -19,6 +19,7 @@ from interp.hooks.model import Model
 from interp.hooks.session import Edit, Read, Session
 from interp.hooks.site import Site
 from interp.jacobians.branches import NORM_PARTS, NormAt
+from interp.jacobians.kernels.rows import softmax_jvp
 from interp.propagation.reference import Reference
 from interp.query_key import score_scale
 
@@ -215,8 +216,7 @@ class AttentionBranch:
 
     def _softmax(self, x: Tensor, span: slice) -> Tensor:
         """A (x - Σ A x): the softmax's derivative, its own transpose."""
-        a = self.pattern[:, span]
-        return a * (x - (a * x).sum(-1, keepdim=True))
+        return softmax_jvp(self.pattern[:, span], x)
 
     def dense(self, position: int, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
         """The Jacobian of one position by itself: query, value and own key, each as the columns of W_O's factor."""

@@ -18,6 +18,7 @@ from interp.hooks.errors import ArgumentError
 from interp.hooks.table import Rows
 from interp.jacobians.branches import GateBranch
 from interp.jacobians.chain import ChainEngine
+from interp.jacobians.fused import fused_norms
 from interp.jacobians.plan import refuse_large
 from interp.jacobians.results import Jacobians
 
@@ -89,7 +90,8 @@ def _streamed(jacobians: Jacobians, how: str | Callable[[Tensor], Any]) -> Any:
         total = sum(chunk.sum(0, dtype=torch.float64) for _, chunk in jacobians)
         return (total / (n if how == "mean" else 1)).to(like.dtype)  # type: ignore[union-attr]
     if how == "norm":
-        return torch.cat([chunk.flatten(1).norm(dim=1) for _, chunk in jacobians])
+        fused = fused_norms(jacobians) if isinstance(jacobians, Jacobians) else None
+        return fused if fused is not None else torch.cat([chunk.flatten(1).norm(dim=1) for _, chunk in jacobians])
     if how == "trace":
         _check_square(rows, columns)
         return torch.cat([chunk.diagonal(dim1=1, dim2=2).sum(1) for _, chunk in jacobians])

@@ -170,8 +170,7 @@ class Jacobians(Rows):
             found = engine.rows_of_all(rows)[[engine.start + (p.sources or (0,))[0] for p in places]]
             return out.copy_(found if columns is None else found[..., columns.to(found.device)])
         with engine.products():
-            for place, one in zip(places, out, strict=True):
-                engine.dense(place, rows, columns, one)
+            engine.dense_all(places, rows, columns, out)
         return out
 
     def matvec(self, v: Float[Tensor, "..."]) -> Float[Tensor, "n ..."]:

@@ -60,23 +60,6 @@ def pull_norm(
     return pulled / scale, offset
 
 
-def push_norm(
-    v: Float[Tensor, "... d"], norm: Norm | None, mode: str, scale: Float[Tensor, "... 1"],
-    normalized: Float[Tensor, "... d"],
-) -> Float[Tensor, "... d"]:  # fmt: skip
-    """A tangent of a norm's input as one of its output: γ ⊙ (P v - n (n · v)/d)/r; without n (n · v)/d if r is held.
-
-    The transpose of `pull_norm`.
-    """
-    if norm is None:
-        return v
-    v = v - v.mean(-1, keepdim=True) if norm.centred else v
-    if mode == "tangent":
-        v = v - normalized * ((normalized * v).sum(-1, keepdim=True) / normalized.shape[-1])
-    v = v / scale
-    return v if norm.gain is None else v * norm.gain.to(v)
-
-
 def pull_norm_at(ref: Reference, y: Tensor, name: str, mode: str, at: Any = slice(None)) -> Pulled:
     """Through a named norm around a reference, at all or some positions; as it is where the model has no such norm."""
     norm = ref.weights.norm(name)
