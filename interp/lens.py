@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from interp.hooks.activations import Activations
 from interp.hooks.errors import ArgumentError, SiteUnavailableError
+from interp.hooks.inputs import Batch
 from interp.hooks.layouts import child
 from interp.hooks.model import Model
 from interp.hooks.table import Rows, Table
@@ -21,7 +23,7 @@ from interp.hooks.weights import linear_bias, linear_weight
 
 @dataclass(frozen=True)
 class LogitLens(Rows):
-    """Readouts of the stream at each layer, of one prompt.
+    """Readouts of the stream at each layer, of one prompt: as it is, or carried to the last layer by a Jacobian lens.
 
     Attributes:
         layers: Names of the streams: ``embed``, then each block's output.
@@ -33,6 +35,7 @@ class LogitLens(Rows):
         probabilities: Probability of each followed token [layer, pos, token].
         followed: The followed tokens.
         vocabulary: Token strings of ``top_ids`` by id.
+        kind: ``logit lens`` or ``Jacobian lens``.
     """
 
     layers: list[str]
@@ -44,6 +47,7 @@ class LogitLens(Rows):
     probabilities: Float[Tensor, "layer pos token"] = field(repr=False)
     followed: list[str]
     vocabulary: dict[int, str] = field(repr=False)
+    kind: str = "logit lens"
 
     def to_records(self) -> list[dict[str, Any]]:
         """One row for each layer and position: the most likely token, its probability, the entropy, followed tokens."""
@@ -73,7 +77,7 @@ class LogitLens(Rows):
             for r in self.to_records()
             if r["position"] == index
         ]
-        return Table(rows, f"logit lens behind {self.tokens[index]!r}")
+        return Table(rows, f"{self.kind} behind {self.tokens[index]!r}")
 
     def _repr_html_(self) -> str:
         return self.at(-1)._repr_html_()
@@ -97,6 +101,20 @@ def logit_lens(model: Model, prompt: Any, follow: Sequence[str | int] = (), k: i
         TokenError: If a followed token is not exactly one.
         ArgumentError: If there is more than one prompt, or k is out of range.
     """
+    batch, ids = check_readout(model, prompt, follow, k)
+    names = stream_names(model)
+    acts = capture_streams(model, batch, list(names.values()), plan)
+    return read_streams(model, batch, {layer: acts[name][0] for layer, name in names.items()}, ids, k)
+
+
+def check_readout(model: Model, prompt: Any, follow: Sequence[str | int], k: int) -> tuple[Batch, list[int]]:
+    """Return the prompt as a batch and the followed tokens' ids.
+
+    Raises:
+        SiteUnavailableError: If the model has no final norm and unembedding.
+        TokenError: If a followed token is not exactly one.
+        ArgumentError: If there is more than one prompt, or k is out of range.
+    """
     layout = model.layout
     if layout is None or layout.final_norm is None or layout.unembed is None or layout.post_ln:
         raise SiteUnavailableError(
@@ -107,25 +125,46 @@ def logit_lens(model: Model, prompt: Any, follow: Sequence[str | int] = (), k: i
         raise ArgumentError(f"follow={follow!r}", "a list of tokens")
     if batch.size != 1 or not 1 <= k <= (model.reader.vocab or k):
         raise ArgumentError(f"{batch.size} prompts and k={k}", f"one prompt and k in 1..{model.reader.vocab}")
-    ids = [token_id(model, t) for t in follow]
-    names = ["blocks.0.hook_resid_pre", *(f"blocks.{i}.hook_resid_post" for i in range(model.n_layers))]
-    acts = model.capture(batch, [*names, "logits"], plan=plan)
-    readout = _logits(model, acts[names[-1]][0])
+    return batch, [token_id(model, t) for t in follow]
+
+
+def stream_names(model: Model) -> dict[str, str]:
+    """The site of each layer's stream: ``embed``, then each block's output."""
+    return {"embed": "blocks.0.hook_resid_pre"} | {str(i): f"blocks.{i}.hook_resid_post" for i in range(model.n_layers)}
+
+
+def capture_streams(model: Model, batch: Batch, names: list[str], plan: Any) -> Activations:
+    """Return streams of one prompt, the last one among them, which must read as the model's own logits.
+
+    Raises:
+        ArgumentError: If a plan acts behind the last stream.
+    """
+    last = f"blocks.{model.n_layers - 1}.hook_resid_post"
+    acts = model.capture(batch, list(dict.fromkeys([*names, last, "logits"])), plan=plan)
+    readout = read_logits(model, acts[last][0])
     if not torch.allclose(readout, acts["logits"][0].float(), rtol=1e-2, atol=1e-2 * float(readout.abs().max())):
         raise ArgumentError("logits that are not the last stream's readout", "a plan in front of the final norm")
-    rows = [_read(model, acts[name][0], ids, k) for name in names]
+    return acts
+
+
+def read_streams(
+    model: Model, batch: Batch, streams: dict[str, Tensor], follow: list[int], k: int, kind: str = "logit lens"
+) -> LogitLens:
+    """Return what the final norm and the unembedding read in streams [pos, d_model], by layer."""
+    rows = [_read(model, stream, follow, k) for stream in streams.values()]
     top_p, top_i, entropy, ranks, probabilities = (torch.stack(column) for column in zip(*rows, strict=True))
     decode = (lambda i: model.tokenizer.decode([i])) if model.tokenizer is not None else str
     return LogitLens(
-        layers=["embed", *(str(i) for i in range(model.n_layers))],
+        layers=list(streams),
         tokens=[decode(i) for i in batch.ids[0].tolist()],  # type: ignore[index]
         top_ids=top_i, top_probabilities=top_p, entropy=entropy, ranks=ranks, probabilities=probabilities,
-        followed=[decode(i) for i in ids],
+        followed=[decode(i) for i in follow],
         vocabulary={i: decode(i) for i in top_i.unique().tolist()},
+        kind=kind,
     )  # fmt: skip
 
 
-def _logits(model: Model, stream: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos vocab"]:
+def read_logits(model: Model, stream: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos vocab"]:
     """W_U N(x) + b_U with the model's scale and soft-cap, in float32."""
     layout, norm = model.layout, model.bindings.norms["ln_final"]  # type: ignore[union-attr]
     head = child(model.module, layout.unembed)  # type: ignore[union-attr, arg-type]
@@ -138,7 +177,7 @@ def _logits(model: Model, stream: Float[Tensor, "pos d_model"]) -> Float[Tensor,
 
 
 def _read(model: Model, stream: Float[Tensor, "pos d_model"], follow: list[int], k: int) -> tuple[Tensor, ...]:
-    logits = _logits(model, stream)
+    logits = read_logits(model, stream)
     log_p = torch.log_softmax(logits, -1)
     p, i = log_p.exp().topk(k, -1)
     entropy = -(log_p.exp() * log_p).nansum(-1)
