@@ -120,6 +120,10 @@ class DictionaryError(InterpError, ValueError):
     """A dictionary's folder that cannot be read, or holds what this library does not know."""
 
 
+class LensFileError(InterpError, ValueError):
+    """A file that holds no lens, or one that cannot be trusted."""
+
+
 class RunError(InterpError, OSError):
     """A run folder that cannot be written, read or trusted."""
 

@@ -32,6 +32,7 @@ _HOME = {
     "interp.data_free": ["HeadNorms", "head_norms"],
     "interp.datasets": ["LabelledTexts", "labelled_texts"],
     "interp.dictionaries": ["Dictionary"],
+    "interp.jacobian_lens": ["JacobianLens"],
     "interp.jacobians.checks": ["FallbackWarning"],
     "interp.jacobians.jacobian": ["jacobian"],
     "interp.jacobians.plan": ["Plan"],
@@ -39,6 +40,7 @@ _HOME = {
     "interp.jacobians.results": ["JacobianMap", "Jacobians"],
     "interp.jacobians.sweep": ["RowSweep", "row_sweep"],
     "interp.lens": ["LogitLens", "logit_lens"],
+    "interp.linear_relation": ["LinearRelation", "RelationScore"],
     "interp.low_data": ["LowDataComparison", "low_data_comparison"],
     "interp.observable_sets": ["ObservableSet"],
     "interp.observables": ["Observable"],
@@ -101,6 +103,7 @@ if TYPE_CHECKING:
     from interp.hooks.table import Table
     from interp.hooks.units import Unit
     from interp.hooks.votes import Votes
+    from interp.jacobian_lens import JacobianLens
     from interp.jacobians.checks import FallbackWarning
     from interp.jacobians.jacobian import jacobian
     from interp.jacobians.plan import Plan
@@ -108,6 +111,7 @@ if TYPE_CHECKING:
     from interp.jacobians.results import JacobianMap, Jacobians
     from interp.jacobians.sweep import RowSweep, row_sweep
     from interp.lens import LogitLens, logit_lens
+    from interp.linear_relation import LinearRelation, RelationScore
     from interp.low_data import LowDataComparison, low_data_comparison
     from interp.observable_sets import ObservableSet
     from interp.observables import Observable
@@ -143,16 +147,17 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationStore", "Activations", "Add", "AttentionScore", "Attribution", "AttributionSummary",
     "AverageGradient", "Boundary", "Cost", "CouplingFit", "Couplings", "Dictionary", "DoseResponse", "Erase",
-    "FallbackWarning", "FeatureVector", "Function", "HeadNorms", "InterpError", "Intervention", "JacobianMap",
-    "JacobianSummary", "Jacobians", "LabelledTexts", "Layout", "LinearMap", "LinearScope", "Linearization",
-    "LogitLens", "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable", "ObservableComparison",
-    "ObservableSet", "Patch", "PatchGrid", "Path", "PathSearch", "Plan", "ProjectOut", "Reference", "RowSweep",
-    "Run", "Scale", "SequenceObservable", "Set", "Site", "Step", "Table", "Totals", "Unit", "Votes", "Zero",
-    "attach", "attention_score", "attribute_dataset", "attribution_patching", "chart", "compare_observables",
-    "contrast_attribution", "cosine", "cost", "coupling", "coupling_range", "couplings", "direct_attribution",
-    "dose_response", "edge_attribution", "find_paths", "head_norms", "jacobian", "labelled_texts", "load",
-    "load_plan", "logit_lens", "low_data_comparison", "orthogonalize", "pairwise", "patch_grid", "path_patch",
-    "pattern_effects", "propagate", "propagate_all", "register_unit", "row_sweep", "save_plan", "validate_coupling",
+    "FallbackWarning", "FeatureVector", "Function", "HeadNorms", "InterpError", "Intervention", "JacobianLens",
+    "JacobianMap", "JacobianSummary", "Jacobians", "LabelledTexts", "Layout", "LinearMap", "LinearRelation",
+    "LinearScope", "Linearization", "LogitLens", "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable",
+    "ObservableComparison", "ObservableSet", "Patch", "PatchGrid", "Path", "PathSearch", "Plan", "ProjectOut",
+    "Reference", "RelationScore", "RowSweep", "Run", "Scale", "SequenceObservable", "Set", "Site", "Step", "Table",
+    "Totals", "Unit", "Votes", "Zero", "attach", "attention_score", "attribute_dataset", "attribution_patching",
+    "chart", "compare_observables", "contrast_attribution", "cosine", "cost", "coupling", "coupling_range",
+    "couplings", "direct_attribution", "dose_response", "edge_attribution", "find_paths", "head_norms", "jacobian",
+    "labelled_texts", "load", "load_plan", "logit_lens", "low_data_comparison", "orthogonalize", "pairwise",
+    "patch_grid", "path_patch", "pattern_effects", "propagate", "propagate_all", "register_unit", "row_sweep",
+    "save_plan", "validate_coupling",
 ]  # fmt: skip
 
 
