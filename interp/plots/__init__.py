@@ -24,6 +24,9 @@ _DRAWN_BY = {
     "Votes": ("interp.plots.votes", "votes_chart"),
     "LinearScope": ("interp.plots.linear", "scope_chart"),
     "BiasReport": ("interp.plots.biases", "bias_chart"),
+    "JacobianSummary": ("interp.plots.jacobians", "summary_chart"),
+    "JacobianLens": ("interp.plots.jacobians", "jacobian_lens_chart"),
+    "RelationScore": ("interp.plots.jacobians", "relation_chart"),
     "SVD": ("interp.plots.spectra", "svd_chart"),
     "TokenBlocks": ("interp.plots.token_blocks", "blocks_chart"),
     "ProbeSweep": ("interp.plots.probes", "sweep_chart"),
@@ -47,8 +50,9 @@ def chart(result: Any, **options: Any) -> "altair.TopLevelMixin":
 
     Args:
         result: A LogitLens, an Attribution, HeadNorms, Votes, a LinearScope, a BiasReport, an SVD, TokenBlocks, a
-            PatchGrid, a PathSearch, Couplings, a ProbeSweep, or a Table of tokens or classes with their probabilities,
-            or with F x, r and their sum.
+            PatchGrid, a PathSearch, Couplings, a ProbeSweep, a JacobianSummary (singular values, gram, norm or trace), a
+            JacobianLens, a RelationScore, or a Table of tokens or classes with their probabilities, or with F x, r and
+            their sum.
         options: Of the figure. LogitLens: ``colour`` ("probability" or "entropy"), ``figure`` ("both", "heat",
             "ranks"), ``position``. Attribution: ``figure`` ("parts", "sources"), ``top``, ``layer`` of sources.
             HeadNorms: ``observable``. Votes of an image: ``picture`` (PNG bytes or a PIL image),
@@ -58,8 +62,10 @@ def chart(result: Any, **options: Any) -> "altair.TopLevelMixin":
             ("values", "pairs"), ``count``, ``expected``, ``size``. TokenBlocks: ``of``
             ("norms", "contributions"), ``scale``, ``percentile``, ``size``.
             PatchGrid: ``figure`` ("cells", "audit"), ``show`` ("normalised", "effect", "value"). PathSearch:
-            ``figure`` ("bars", "agreement"), ``top``. Couplings: ``figure`` ("matrix", "slopes"), ``of``. Table:
-            ``top``. All: ``title``.
+            ``figure`` ("bars", "agreement"), ``top``. Couplings: ``figure`` ("matrix", "slopes"), ``of``.
+            JacobianSummary: ``labels``, ``beside`` (of singular values: other summaries by name), ``name``.
+            JacobianLens: ``figure`` ("layers", "changes"). RelationScore: ``beside`` (other scores by name), ``name``.
+            Table: ``top``. All: ``title``.
 
     Raises:
         ArgumentError: If there is no figure for this type, or an option is not the figure's.
