@@ -15,7 +15,7 @@ from torch import Tensor
 
 from interp.hooks.errors import ArgumentError, LensFileError, RunError
 from interp.hooks.model import Model
-from interp.hooks.table import Table
+from interp.hooks.table import Rows
 from interp.jacobian_fit import ESTIMATOR, FitOptions, differences, fit_sums
 from interp.lens import LogitLens, capture_streams, check_readout, read_streams
 from interp.lens_files import MOST_BYTES, read_artefact, write_artefact
@@ -27,7 +27,7 @@ _EXPORTED = ("skip", "max_tokens", "precision", "class", "dtype", "weights_sha25
 
 
 @dataclass(frozen=True, eq=False)
-class JacobianLens:
+class JacobianLens(Rows):
     """A matrix J_l for each block l, which carries the block's output to the last block's output.
 
     J_l = E_prompt [ (1/|V|) Σ_{t in V} Σ_{t' in V, t' >= t} d x_last[t'] / d x_l[t] ]: for each source position the
@@ -241,6 +241,3 @@ class JacobianLens:
             }
             for layer, matrix in sorted(self.matrices.items())
         ]  # fmt: skip
-
-    def _repr_html_(self) -> str:
-        return Table(self.to_records(), f"Jacobian lens of {self.count} prompts")._repr_html_()

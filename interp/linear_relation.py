@@ -17,7 +17,7 @@ from interp.hooks.inputs import Batch
 from interp.hooks.interventions import Set
 from interp.hooks.model import Model
 from interp.hooks.site import Site
-from interp.hooks.table import Table
+from interp.hooks.table import Rows
 from interp.jacobian_fit import NO_CLOSED_FORM
 from interp.jacobians.chain import Step, find_steps
 from interp.jacobians.checks import FallbackWarning, tolerance
@@ -31,7 +31,7 @@ Pair = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class RelationScore:
+class RelationScore(Rows):
     """How well a linear relation does on pairs.
 
     Attributes:
@@ -54,9 +54,6 @@ class RelationScore:
     def to_records(self) -> list[dict[str, Any]]:
         """One row for each pair."""
         return self.rows
-
-    def _repr_html_(self) -> str:
-        return Table(self.rows, f"faithfulness {self.faithfulness:.2f}")._repr_html_()
 
 
 @dataclass(frozen=True, eq=False)

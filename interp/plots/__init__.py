@@ -50,7 +50,7 @@ def chart(result: Any, **options: Any) -> "altair.TopLevelMixin":
 
     Args:
         result: A LogitLens, an Attribution, HeadNorms, Votes, a LinearScope, a BiasReport, an SVD, TokenBlocks, a
-            PatchGrid, a PathSearch, Couplings, a ProbeSweep, a JacobianSummary (singular values, gram, norm or trace), a
+            PatchGrid, a PathSearch, Couplings, a ProbeSweep, a JacobianSummary (singular values, gram, norm, trace), a
             JacobianLens, a RelationScore, or a Table of tokens or classes with their probabilities, or with F x, r and
             their sum.
         options: Of the figure. LogitLens: ``colour`` ("probability" or "entropy"), ``figure`` ("both", "heat",

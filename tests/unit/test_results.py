@@ -12,9 +12,10 @@ from interp.saving import _TYPES
 
 # Public classes that are no results: what one asks with, what holds a model, an estimator, a linear operator, errors.
 TOOLS = {
-    "Activations", "ActivationStore", "AverageGradient", "Boundary", "Dictionary", "Intervention", "JacobianMap",
-    "LabelledTexts", "Layout", "LeaceEraser", "LinearMap", "LinearScope", "Linearization", "MeanPoint", "Model",
-    "Observable", "Path", "Reference", "Run", "Site", "Step", "Unit",
+    "Activations", "ActivationStore", "AverageGradient", "Boundary", "Dictionary", "Intervention", "JacobianLens",
+    "JacobianMap",
+    "LabelledTexts", "Layout", "LeaceEraser", "LinearMap", "LinearRelation", "LinearScope", "Linearization",
+    "MeanPoint", "Model", "Observable", "Path", "Reference", "Run", "Site", "Step", "Unit",
 }  # fmt: skip
 PROBING_TOOLS = {"BranchPoint", "Grouping", "LeaceFitter", "MomentFeatures", "MomentHead", "PSRPAdapter", "TokenSets"}
 
