@@ -88,6 +88,10 @@ def section():
         parts += [f"{length} tokens:", "", "| way | s | times faster | difference | MiB above before |"]
         parts += ["|---|---|---|---|---|"]
         parts += [f"| {way} | {s:.1f} | {x:.1f} | {gap} | {mib} |" for way, s, x, gap, mib in rows] + [""]
+    parts += [
+        "TransformerLens computes all positions, the sweep those behind the 16th only: the longer the prompt, the less",
+        "that is worth. What stays is 0.55 to 0.6 of the flops, at the speed of plain products.",
+    ]
     return "\n".join(parts).rstrip() + "\n"
 
 
