@@ -157,8 +157,8 @@ def propagate_all(
 
     Args:
         model: A decoder.
-        observables: One, or several: all of the logits, among them sequences (`Observable.sequence`), or all of one site
-            (`Observable.from_residual`), from which the sweep then begins.
+        observables: One, or several: all of the logits, among them sequences (`Observable.sequence`), or all of one
+            site (`Observable.from_residual`), from which the sweep then begins.
         prompt: One text or token ids, or a `Reference`.
         position: Whose next-token logits are measured, or where the observables' site is read, where they do not name
             positions of their own.

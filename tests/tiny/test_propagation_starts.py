@@ -116,8 +116,10 @@ def test_closed_form_and_backward_pass_agree_from_any_start(name, site, monkeypa
 
 
 @pytest.mark.parametrize(("site", "steps"), [
-    ("blocks.2.hook_resid_pre@5", ((0, 2, 3), (1, None, None))), ("blocks.2.hook_resid_mid@5", ((1, None, None), (2, 1, 4))),
-    ("blocks.2.hook_resid_post@5", ((0, 2, 3), (2, None, None))), ("blocks.1.hook_mlp_out@5", ((0, 2, 3), (1, None, None))),
+    ("blocks.2.hook_resid_pre@5", ((0, 2, 3), (1, None, None))),
+    ("blocks.2.hook_resid_mid@5", ((1, None, None), (2, 1, 4))),
+    ("blocks.2.hook_resid_post@5", ((0, 2, 3), (2, None, None))),
+    ("blocks.1.hook_mlp_out@5", ((0, 2, 3), (1, None, None))),
     ("blocks.1.hook_attn_out@5", ((1, 2, 3),)),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
@@ -232,12 +234,15 @@ def test_attribution_of_a_probe_is_what_wrote_its_score(site, depth):
     model, _, ids = case("llama")
     observable, place = residual(site), 4 if "@" in site else 6
     n, kept = observable.vector, {}
+
+    def keeps(key):
+        return lambda module, args, out: kept.__setitem__(key, (args[0][0, place], out[0, place]))
+
     with oracles.hooks() as handles:
         for layer in range(3):
             o, down = (part(model, p, layer) for p in ("self_attn.o_proj", "mlp.down_proj"))
-            keep = lambda m, args, out, key: kept.__setitem__(key, (args[0][0, place], out[0, place]))
-            handles.append(o.register_forward_hook(lambda m, a, out, i=layer: keep(m, a, out, ("o", i))))
-            handles.append(down.register_forward_hook(lambda m, a, out, i=layer: keep(m, a, out, ("mlp", i))))
+            handles.append(o.register_forward_hook(keeps(("o", layer))))
+            handles.append(down.register_forward_hook(keeps(("mlp", layer))))
         model.module(ids)
     found = interp.direct_attribution(model, observable, ids, "head+neuron")
     for layer in range(3):
@@ -313,15 +318,15 @@ def test_sequences_where_they_have_no_meaning_are_refused(unchecked):
 
 
 @pytest.mark.parametrize(("site", "call", "error", "text"), [
-    ("blocks.1.hook_mlp_out", "direct", ArgumentError, r"direct attribution of an observable of blocks\.1\.hook_mlp_out; .*"
+    ("blocks.1.hook_mlp_out", "direct", ArgumentError, r"attribution of an observable of blocks\.1\.hook_mlp_out; .*"
      "of a residual stream; propagate_all"),
     ("blocks.1.hook_resid_middle", "direct", SiteError, r"unknown site .*did you mean 'blocks\.1\.hook_resid_mid'"),
     ("blocks.1.hook_resid_middle", "all", SiteError, r"unknown site .*did you mean 'blocks\.1\.hook_resid_mid'"),
     ("blocks.1.hook_resid_middle", "path", SiteError, r"unknown site .*did you mean 'blocks\.1\.hook_resid_mid'"),
     ("blocks.1.attn.hook_pattern", "all", ArgumentError, r"whose axes are batch head pos key"),
     ("blocks.1.attn.hook_z#1", "path", ArgumentError, r"total vectors \(site=\) start from any site"),
-    ("blocks.1.hook_resid_pre", "path", ArgumentError, r"path goes backwards: L1H1@2 cannot feed blocks\.1\.hook_resid_pre"),
-    ("blocks.1.hook_mlp_out", "path", ArgumentError, r"path goes backwards: L1H1@2 cannot feed blocks\.1\.hook_mlp_out"),
+    ("blocks.1.hook_resid_pre", "path", ArgumentError, r"goes backwards: L1H1@2 cannot feed blocks\.1\.hook_resid_pre"),
+    ("blocks.1.hook_mlp_out", "path", ArgumentError, r"goes backwards: L1H1@2 cannot feed blocks\.1\.hook_mlp_out"),
     ("blocks.2.hook_resid_pre@3", "all", ArgumentError, r"position=5 for an observable of .*its own position"),
     ("blocks.2.hook_resid_pre@3", "direct", ArgumentError, r"position=5 for an observable of .*its own position"),
     ("blocks.2.hook_resid_pre@3,4", "all", ArgumentError, r"a site with one position"),
