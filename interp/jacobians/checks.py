@@ -10,20 +10,27 @@ from interp.jacobians.graph import GraphEngine
 from interp.jacobians.places import End, Place
 
 _PRODUCTS = 2
-# Hugging Face computes norms and softmax in float32 even in a float64 model.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-_HALF = 1e-1
+# Relative error of one block, and of ten layers (20 blocks), by the coarser of the model's and the sums' precision.
+_ALLOWED = {
+    "float64": (1e-12, 1e-11), "float32": (2e-6, 1e-5), "tf32": (2e-3, 1e-2), "float16": (2e-3, 1e-2),
+    "bfloat16": (1e-2, 5e-2),
+}  # fmt: skip
+_BLOCKS = 20
+# The products of autograd, with which closed forms are compared, are rounded as well.
+_BOTH = 2.0
 
 
 class FallbackWarning(UserWarning):
     """A closed form that disagreed with autograd, so that autograd was used."""
 
 
-def tolerance(model: Model) -> float:
-    """Relative error that the model's dtype allows in a product with a Jacobian over some layers."""
-    if model.dtype == torch.float64 and model.config is not None:
-        return 1e-4
-    return _TOLERANCE.get(model.dtype, _HALF)
+def tolerance(model: Model, precision: str, blocks: int) -> float:
+    """Relative error that rounding explains in a product with a Jacobian over some blocks."""
+    own = str(model.dtype).removeprefix("torch.")
+    if own == "float64" and model.config is not None:
+        own = "float32"  # Hugging Face computes norms and softmax in float32 even in a float64 model.
+    one, many = max(_ALLOWED[name] for name in (own, precision) if name in _ALLOWED)
+    return _BOTH * (one if blocks <= 1 else many * max(1.0, blocks / _BLOCKS))
 
 
 def check_chain(
@@ -38,10 +45,11 @@ def check_chain(
     graph = GraphEngine(model, batch, ends, engine.held, 1)
     place = _widest(places, engine.local)
     error = _error(engine, graph, place)
-    if error <= tolerance(model):
+    blocks = sum(len(step.kinds) for step in engine.steps)
+    if error <= tolerance(model, engine.precision, blocks):
         return error, ""
     worst, name = _culprit(model, batch, engine, place)
-    return (worst, name) if worst > tolerance(model) else (error, "the whole chain")
+    return (worst, name) if worst > tolerance(model, engine.precision, 1) else (error, "the whole chain")
 
 
 def _widest(places: list[Place], local: bool) -> Place:

@@ -66,7 +66,7 @@ def make_plan(
         method=method, shape=(len(places), *max(sizes)), flops=flops,
         result_bytes=sum(rows * columns for rows, columns in sizes) * each, scratch_bytes=int(scratch), budget=budget,
         maps=min(len(places), max(1, int(budget / 2 / max(largest, 1)))), probes=engine.chunk, seconds=flops / speed,
-        precision=str(engine.like.dtype).removeprefix("torch."), check=error, notes=notes,
+        precision=engine.precision, check=error, notes=notes,
     )  # fmt: skip
 
 

@@ -32,6 +32,11 @@ class Engine(ABC):
     like: Tensor
     tf32: bool = False
 
+    @property
+    def precision(self) -> str:
+        """Of sums and products, in a word."""
+        return "tf32" if self.tf32 else str(self.like.dtype).removeprefix("torch.")
+
     @contextmanager
     def products(self) -> Iterator[None]:
         """No gradients, and float32 products as precise as was asked for, whatever the process-wide flag says."""
