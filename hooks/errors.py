@@ -129,7 +129,7 @@ class RunError(InterpError, OSError):
 
 
 class StoreError(InterpError, OSError):
-    """A store of activations that cannot be written, read or continued."""
+    """A store of activations, or a file of Jacobians, that cannot be written, read or continued."""
 
 
 class ErasureError(InterpError, ArithmeticError):

@@ -35,9 +35,11 @@ _HOME = {
     "interp.jacobian_lens": ["JacobianLens"],
     "interp.jacobians.checks": ["FallbackWarning"],
     "interp.jacobians.jacobian": ["jacobian"],
+    "interp.jacobians.means": ["JacobianMean", "mean_jacobian"],
     "interp.jacobians.plan": ["Plan"],
     "interp.jacobians.reductions": ["JacobianSummary"],
     "interp.jacobians.results": ["JacobianMap", "Jacobians"],
+    "interp.jacobians.stored": ["StoredJacobians"],
     "interp.jacobians.sweep": ["RowSweep", "row_sweep"],
     "interp.lens": ["LogitLens", "logit_lens"],
     "interp.linear_relation": ["LinearRelation", "RelationScore"],
@@ -106,9 +108,11 @@ if TYPE_CHECKING:
     from interp.jacobian_lens import JacobianLens
     from interp.jacobians.checks import FallbackWarning
     from interp.jacobians.jacobian import jacobian
+    from interp.jacobians.means import JacobianMean, mean_jacobian
     from interp.jacobians.plan import Plan
     from interp.jacobians.reductions import JacobianSummary
     from interp.jacobians.results import JacobianMap, Jacobians
+    from interp.jacobians.stored import StoredJacobians
     from interp.jacobians.sweep import RowSweep, row_sweep
     from interp.lens import LogitLens, logit_lens
     from interp.linear_relation import LinearRelation, RelationScore
@@ -148,16 +152,16 @@ __all__ = [
     "ActivationStore", "Activations", "Add", "AttentionScore", "Attribution", "AttributionSummary",
     "AverageGradient", "Boundary", "Cost", "CouplingFit", "Couplings", "Dictionary", "DoseResponse", "Erase",
     "FallbackWarning", "FeatureVector", "Function", "HeadNorms", "InterpError", "Intervention", "JacobianLens",
-    "JacobianMap", "JacobianSummary", "Jacobians", "LabelledTexts", "Layout", "LinearMap", "LinearRelation",
-    "LinearScope", "Linearization", "LogitLens", "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable",
-    "ObservableComparison", "ObservableSet", "Patch", "PatchGrid", "Path", "PathSearch", "Plan", "ProjectOut",
-    "Reference", "RelationScore", "RowSweep", "Run", "Scale", "SequenceObservable", "Set", "Site", "Step", "Table",
-    "Totals", "Unit", "Votes", "Zero", "attach", "attention_score", "attribute_dataset", "attribution_patching",
-    "chart", "compare_observables", "contrast_attribution", "cosine", "cost", "coupling", "coupling_range",
-    "couplings", "direct_attribution", "dose_response", "edge_attribution", "find_paths", "head_norms", "jacobian",
-    "labelled_texts", "load", "load_plan", "logit_lens", "low_data_comparison", "orthogonalize", "pairwise",
-    "patch_grid", "path_patch", "pattern_effects", "propagate", "propagate_all", "register_unit", "row_sweep",
-    "save_plan", "validate_coupling",
+    "JacobianMap", "JacobianMean", "JacobianSummary", "Jacobians", "LabelledTexts", "Layout", "LinearMap",
+    "LinearRelation", "LinearScope", "Linearization", "LogitLens", "LowDataComparison", "Mean", "MeanPoint", "Model",
+    "Observable", "ObservableComparison", "ObservableSet", "Patch", "PatchGrid", "Path", "PathSearch", "Plan",
+    "ProjectOut", "Reference", "RelationScore", "RowSweep", "Run", "Scale", "SequenceObservable", "Set", "Site",
+    "Step", "StoredJacobians", "Table", "Totals", "Unit", "Votes", "Zero", "attach", "attention_score",
+    "attribute_dataset", "attribution_patching", "chart", "compare_observables", "contrast_attribution", "cosine",
+    "cost", "coupling", "coupling_range", "couplings", "direct_attribution", "dose_response", "edge_attribution",
+    "find_paths", "head_norms", "jacobian", "labelled_texts", "load", "load_plan", "logit_lens",
+    "low_data_comparison", "mean_jacobian", "orthogonalize", "pairwise", "patch_grid", "path_patch",
+    "pattern_effects", "propagate", "propagate_all", "register_unit", "row_sweep", "save_plan", "validate_coupling",
 ]  # fmt: skip
 
 

@@ -34,6 +34,7 @@ _TYPES = {
     "HeadNorms": "interp.data_free",
     "Interval": "interp.probes.intervals",
     "JacobianLens": "interp.jacobian_lens",
+    "JacobianMean": "interp.jacobians.means",
     "JacobianSummary": "interp.jacobians.reductions",
     "LeaceEraser": "interp.probes.erasure",
     "LearningCurve": "interp.probes.curves",

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,11 +20,13 @@ from interp.jacobians.chain import ChainEngine, Step, find_steps
 from interp.jacobians.checks import FallbackWarning, check_chain
 from interp.jacobians.costs import make_plan, probe_bytes
 from interp.jacobians.engine import Engine
+from interp.jacobians.files import STORED, record_of, write_jacobians
 from interp.jacobians.graph import GraphEngine
 from interp.jacobians.places import End, Place, check_indices, find_ends, find_places
 from interp.jacobians.plan import probes_within
 from interp.jacobians.reductions import JacobianSummary, check_reduction
 from interp.jacobians.results import Jacobians, check_out
+from interp.jacobians.stored import StoredJacobians
 
 Method = Literal["auto", "closed", "autograd"]
 _NO_CLOSED_FORM = (SiteUnavailableError, UnknownFamilyError, MetaWeightsError)
@@ -33,8 +36,9 @@ def jacobian(
     model: Model, inputs: Any, source: SiteLike, target: SiteLike, positions: Any = None, *, rows: Any = None,
     columns: Any = None, reduce: str | Callable[[Tensor], Any] | None = None,
     linearization: LinearizationLike = "exact", precision: Literal["float32", "float64", "tf32"] | None = None,
-    budget: int | str = "2GiB", out: Tensor | None = None, method: Method = "auto", check: bool = True,
-) -> Jacobians | JacobianSummary:  # fmt: skip
+    budget: int | str = "2GiB", out: Tensor | str | Path | None = None, out_dtype: torch.dtype | None = None,
+    method: Method = "auto", check: bool = True,
+) -> Jacobians | JacobianSummary | StoredJacobians:  # fmt: skip
     """Return the Jacobians J[n, o, i] = d target_o / d source_i between two sites.
 
     Decoders' MLPs (gated or not), attention with its query-key side, norms, residual sums and unembeddings are
@@ -61,7 +65,11 @@ def jacobian(
         precision: dtype of weights and sums in closed forms; by default float32, or float64 for float64 models. The
             process-wide flag for tf32 has no say; ``tf32`` allows it, on a GPU.
         budget: Bytes for scratch and dense result, ``"2GiB"`` or a number.
-        out: Tensor [n, out, in] that is filled at once.
+        out: Tensor [n, out, in] that is filled at once. Or a path: the result is written there chunk by chunk, as a
+            safetensors file (above 4 GiB a folder of such files), and comes back as `StoredJacobians`, read from the
+            disk; only a chunk has to fit the budget. A call that was killed goes on when it is made again.
+        out_dtype: Of what is written to a path: by default that of the computation; ``torch.float16`` (scaled by each
+            map's largest entry) and ``torch.bfloat16`` halve it.
         method: ``auto``, or only ``closed`` forms, or only ``autograd``.
         check: Whether closed forms are compared with autograd.
 
@@ -72,6 +80,7 @@ def jacobian(
         SizeError: If the budget does not hold one row, or the result.
         TrainModeError: If dropout or batch statistics are live.
         LinearizationError: If a call has no rule under the linearisation.
+        StoreError: If the path holds something else, or what another model, input or choice made.
 
     Example:
         >>> import interp
@@ -83,7 +92,7 @@ def jacobian(
         torch.Size([3, 576, 576])
     """
     held, size = Linearization.of(linearization), bytes_of(budget)
-    _check_options(method, precision, reduce, out)
+    _check_options(method, precision, reduce, out, out_dtype)
     found = find_ends(model, source, target)
     examples = each_example(model, inputs)
     _check_inputs(examples)
@@ -92,16 +101,26 @@ def jacobian(
     engines, notes, error = made
     ends = _keep(found[:2], engines[0].shapes, rows, columns)
     plan = make_plan(ends, places, engines, size, notes, error)
-    jacobians = Jacobians(ends, places, engines, held, plan, out)
+    jacobians = Jacobians(ends, places, engines, held, plan, out if isinstance(out, Tensor) else None)
     if reduce is not None:
         return jacobians.reduce(reduce)
+    if isinstance(out, (str, Path)):
+        return _stored(model, examples, jacobians, Path(out), out_dtype)
     if out is not None:
         check_out(out, jacobians.shape, engines[0].like)
         jacobians.dense(out)
     return jacobians
 
 
-def _check_options(method: str, precision: str | None, reduce: Any, out: Any) -> None:
+def _stored(
+    model: Model, examples: list[Batch], jacobians: Jacobians, path: Path, dtype: torch.dtype | None
+) -> StoredJacobians:
+    dtype = dtype or jacobians.like.dtype
+    write_jacobians(jacobians, path, record_of(model, examples, jacobians, dtype), dtype)
+    return StoredJacobians(path, jacobians.plan.budget)
+
+
+def _check_options(method: str, precision: str | None, reduce: Any, out: Any, out_dtype: torch.dtype | None) -> None:
     if method not in ("auto", "closed", "autograd"):
         raise ArgumentError(f"method={method!r}", "'auto', 'closed' or 'autograd'")
     if precision not in (None, "float32", "float64", "tf32"):
@@ -110,8 +129,13 @@ def _check_options(method: str, precision: str | None, reduce: Any, out: Any) ->
         check_reduction(reduce)
     if reduce is not None and out is not None:
         raise ArgumentError(f"reduce={reduce!r} and out=", "one of the two")
-    if out is not None and not isinstance(out, Tensor):
-        raise ArgumentError(f"out of type {type(out).__name__}", "a tensor")
+    if out is not None and not isinstance(out, (Tensor, str, Path)):
+        raise ArgumentError(f"out of type {type(out).__name__}", "a tensor or a path")
+    if out_dtype is not None and (not isinstance(out, (str, Path)) or out_dtype not in STORED):
+        raise ArgumentError(
+            f"out_dtype={out_dtype} with out of type {type(out).__name__}",
+            f"one of {', '.join(map(str, STORED))}, and a path as out",
+        )
 
 
 def _check_inputs(examples: list[Batch]) -> None:

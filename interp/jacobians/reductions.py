@@ -21,6 +21,7 @@ from interp.jacobians.chain import ChainEngine
 from interp.jacobians.fused import fused_norms
 from interp.jacobians.plan import refuse_large
 from interp.jacobians.results import Jacobians
+from interp.jacobians.stored import StoredJacobians
 
 _KINDS = ("mean", "sum", "norm", "gram", "trace")
 
@@ -69,24 +70,24 @@ def check_reduction(how: str | Callable[[Tensor], Any]) -> None:
 
 
 @torch.no_grad()
-def reduce(jacobians: Jacobians, how: str | Callable[[Tensor], Any]) -> JacobianSummary:
+def reduce(jacobians: Jacobians | StoredJacobians, how: str | Callable[[Tensor], Any]) -> JacobianSummary:
     """Return a summary of Jacobians, in closed form where there is one, else chunk by chunk."""
     check_reduction(how)
     kind = how if isinstance(how, str) else "function"
-    closed = _Gates.of(jacobians, kind) if isinstance(how, str) else None
+    closed = _Gates.of(jacobians, kind) if isinstance(how, str) and isinstance(jacobians, Jacobians) else None
     value = _streamed(jacobians, how) if closed is None else closed.reduce(kind)
-    source, target = (str(end.site) for end in jacobians.ends)
-    method = f"{jacobians.plan.method}, chunk by chunk" if closed is None else "closed form of the summary"
+    source, target = jacobians.site_names
+    method = f"{jacobians.method}, chunk by chunk" if closed is None else "closed form of the summary"
     return JacobianSummary(kind, value, len(jacobians), source, target, jacobians.linearization.name, method)
 
 
-def _streamed(jacobians: Jacobians, how: str | Callable[[Tensor], Any]) -> Any:
+def _streamed(jacobians: Jacobians | StoredJacobians, how: str | Callable[[Tensor], Any]) -> Any:
     if not isinstance(how, str):
         return [how(chunk) for _, chunk in jacobians]
     n, rows, columns = jacobians.shape
-    like = jacobians.engines[jacobians.places[0].example].like
+    like = jacobians.like
     if how in ("mean", "sum"):
-        refuse_large(rows * columns * 8, jacobians.plan.budget, 1, rows, columns)
+        refuse_large(rows * columns * 8, jacobians.budget, 1, rows, columns)
         total = sum(chunk.sum(0, dtype=torch.float64) for _, chunk in jacobians)
         return (total / (n if how == "mean" else 1)).to(like.dtype)  # type: ignore[union-attr]
     if how == "norm":
@@ -108,9 +109,9 @@ def _check_square(rows: int, columns: int) -> None:
         raise ArgumentError(f"the trace of {rows} x {columns} matrices", "square ones")
 
 
-def _gram(jacobians: Jacobians, n: int, like: Tensor) -> Tensor:
+def _gram(jacobians: Jacobians | StoredJacobians, n: int, like: Tensor) -> Tensor:
     """All inner products; later chunks are made again for each earlier one, so that two are held at a time."""
-    refuse_large(n * n * like.element_size(), jacobians.plan.budget, 1, n, n)
+    refuse_large(n * n * like.element_size(), jacobians.budget, 1, n, n)
     found = like.new_empty(n, n)
     spans = list(jacobians._chunks())
     for index, left in enumerate(spans):
@@ -168,7 +169,7 @@ class _Gates:
         f, d = first.p.shape[-1], first.out.shape[0]
         if kind in ("norm", "gram"):
             tables = (3 if first.q is not None else 1) * (4 * d * f * f)
-            fits = 4 * f * f * first.p.element_size() <= jacobians.plan.budget
+            fits = 4 * f * f * first.p.element_size() <= jacobians.budget
             if not fits or tables > len(jacobians) * 2 * d * d * f:
                 return None
         positions = [[p.sources[0] for p in jacobians.places if p.example == i] for i in jacobians.engines]  # type: ignore[index]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from interp.jacobians.engine import Engine
 from interp.jacobians.graph import GraphEngine
 from interp.jacobians.places import End, Place
 from interp.jacobians.plan import Plan, readable, refuse_large
+from interp.jacobians.stored import StoredJacobians
 
 if TYPE_CHECKING:
     from interp.jacobians.reductions import JacobianSummary
@@ -122,6 +124,35 @@ class Jacobians(Rows):
         columns, rows = next(iter(sizes))
         return len(self), rows, columns
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and device that matrices have."""
+        return self.engines[self.places[0].example].like
+
+    @property
+    def site_names(self) -> tuple[str, str]:
+        """Source and target."""
+        return str(self.ends[0].site), str(self.ends[1].site)
+
+    @property
+    def method(self) -> str:
+        """How they are computed, in words."""
+        return self.plan.method
+
+    @property
+    def budget(self) -> int:
+        """Bytes that scratch and dense result may take."""
+        return self.plan.budget
+
+    @staticmethod
+    def open(path: str | Path, budget: int | str = "2GiB") -> StoredJacobians:
+        """Return the Jacobians that ``jacobian(..., out=path)`` wrote; no model is needed.
+
+        Raises:
+            StoreError: If the path holds no Jacobians, or not all of them yet.
+        """
+        return StoredJacobians(path, budget)
+
     def shapes_of(self, place: Place) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shape of input and of output of one map."""
         found = []
@@ -140,11 +171,10 @@ class Jacobians(Rows):
         """
         out = self.out if out is None else out
         shape = self.shape
-        engine = self.engines[self.places[0].example]
         if out is None:
-            refuse_large(math.prod(shape) * engine.like.element_size(), self.plan.budget, *shape)
-            out = engine.like.new_empty(shape)
-        check_out(out, shape, engine.like)
+            refuse_large(math.prod(shape) * self.like.element_size(), self.plan.budget, *shape)
+            out = self.like.new_empty(shape)
+        check_out(out, shape, self.like)
         for span in self._chunks():
             self._matrices(span, out[span])
         return out

@@ -65,7 +65,7 @@ CASES = {
     "out in a graph": (
         dict(positions="same", out=torch.empty(7, 32, 32, requires_grad=True)), ArgumentError, "without a gradient",
     ),
-    "out that is no tensor": (dict(out="here"), ArgumentError, "a tensor"),
+    "out that is no tensor": (dict(out=["here"]), ArgumentError, "a tensor or a path"),
     "out beside a reduction": (dict(out=torch.empty(1), reduce="mean"), ArgumentError, "one of the two"),
     "float ids": (dict(inputs=torch.ones(1, 3)), InputError, "integers"),
     "an override of nothing": (
