@@ -34,6 +34,7 @@ _HOME = {
     "interp.dictionaries": ["Dictionary"],
     "interp.jacobian_lens": ["JacobianLens"],
     "interp.jacobians.checks": ["FallbackWarning"],
+    "interp.jacobians.features": ["FeatureJacobian", "FeatureJacobians", "feature_jacobians"],
     "interp.jacobians.jacobian": ["jacobian"],
     "interp.jacobians.means": ["JacobianMean", "mean_jacobian"],
     "interp.jacobians.plan": ["Plan"],
@@ -107,6 +108,7 @@ if TYPE_CHECKING:
     from interp.hooks.votes import Votes
     from interp.jacobian_lens import JacobianLens
     from interp.jacobians.checks import FallbackWarning
+    from interp.jacobians.features import FeatureJacobian, FeatureJacobians, feature_jacobians
     from interp.jacobians.jacobian import jacobian
     from interp.jacobians.means import JacobianMean, mean_jacobian
     from interp.jacobians.plan import Plan
@@ -151,17 +153,18 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationStore", "Activations", "Add", "AttentionScore", "Attribution", "AttributionSummary",
     "AverageGradient", "Boundary", "Cost", "CouplingFit", "Couplings", "Dictionary", "DoseResponse", "Erase",
-    "FallbackWarning", "FeatureVector", "Function", "HeadNorms", "InterpError", "Intervention", "JacobianLens",
-    "JacobianMap", "JacobianMean", "JacobianSummary", "Jacobians", "LabelledTexts", "Layout", "LinearMap",
-    "LinearRelation", "LinearScope", "Linearization", "LogitLens", "LowDataComparison", "Mean", "MeanPoint", "Model",
-    "Observable", "ObservableComparison", "ObservableSet", "Patch", "PatchGrid", "Path", "PathSearch", "Plan",
-    "ProjectOut", "Reference", "RelationScore", "RowSweep", "Run", "Scale", "SequenceObservable", "Set", "Site",
-    "Step", "StoredJacobians", "Table", "Totals", "Unit", "Votes", "Zero", "attach", "attention_score",
-    "attribute_dataset", "attribution_patching", "chart", "compare_observables", "contrast_attribution", "cosine",
-    "cost", "coupling", "coupling_range", "couplings", "direct_attribution", "dose_response", "edge_attribution",
-    "find_paths", "head_norms", "jacobian", "labelled_texts", "load", "load_plan", "logit_lens",
-    "low_data_comparison", "mean_jacobian", "orthogonalize", "pairwise", "patch_grid", "path_patch",
-    "pattern_effects", "propagate", "propagate_all", "register_unit", "row_sweep", "save_plan", "validate_coupling",
+    "FallbackWarning", "FeatureJacobian", "FeatureJacobians", "FeatureVector", "Function", "HeadNorms",
+    "InterpError", "Intervention", "JacobianLens", "JacobianMap", "JacobianMean", "JacobianSummary", "Jacobians",
+    "LabelledTexts", "Layout", "LinearMap", "LinearRelation", "LinearScope", "Linearization", "LogitLens",
+    "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable", "ObservableComparison", "ObservableSet",
+    "Patch", "PatchGrid", "Path", "PathSearch", "Plan", "ProjectOut", "Reference", "RelationScore", "RowSweep",
+    "Run", "Scale", "SequenceObservable", "Set", "Site", "Step", "StoredJacobians", "Table", "Totals", "Unit",
+    "Votes", "Zero", "attach", "attention_score", "attribute_dataset", "attribution_patching", "chart",
+    "compare_observables", "contrast_attribution", "cosine", "cost", "coupling", "coupling_range", "couplings",
+    "direct_attribution", "dose_response", "edge_attribution", "feature_jacobians", "find_paths", "head_norms",
+    "jacobian", "labelled_texts", "load", "load_plan", "logit_lens", "low_data_comparison", "mean_jacobian",
+    "orthogonalize", "pairwise", "patch_grid", "path_patch", "pattern_effects", "propagate", "propagate_all",
+    "register_unit", "row_sweep", "save_plan", "validate_coupling",
 ]  # fmt: skip
 
 

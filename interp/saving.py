@@ -30,6 +30,8 @@ _TYPES = {
     "DoseResponse": "interp.steering",
     "Eigen": "interp.hooks.spectra",
     "Evaluation": "interp.probes.evaluation",
+    "FeatureJacobian": "interp.jacobians.features",
+    "FeatureJacobians": "interp.jacobians.features",
     "FeatureVector": "interp.propagation.feature_vectors",
     "HeadNorms": "interp.data_free",
     "Interval": "interp.probes.intervals",

@@ -21,6 +21,7 @@ from interp.propagation.reference import Reference
 from interp.propagation.stages import MLP
 
 _ACTIVE_SHARE = 0.6
+_GRAM_BLOCK = 256
 
 
 @runtime_checkable
@@ -214,11 +215,11 @@ class GateBranch:
     def tables(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """E_gg, E_gu, E_uu [f, f], (W_outᵀ W_out) ⊙ (W W'ᵀ), from which inner products of Jacobians follow."""
         pre, up = self.folded
-        outs = self.out.T @ self.out
-        gg = (pre @ pre.T).mul_(outs)
+        outs = _gram(self.out.T)
+        gg = _gram(pre).mul_(outs)
         if up is None:
             return gg, None, None
-        return gg, (pre @ up.T).mul_(outs), (up @ up.T).mul_(outs)
+        return gg, (pre @ up.T).mul_(outs), _gram(up).mul_(outs)
 
     def dense(
         self, position: int, rows: Tensor | None = None, columns: Tensor | None = None, out: Tensor | None = None
@@ -233,6 +234,17 @@ class GateBranch:
         core = self.behind.finish_left(self.before.finish(core, position), position)
         core = core[rows] if late else core
         return core[:, columns] if early else core
+
+
+def _gram(rows: Float[Tensor, "f d"]) -> Float[Tensor, "f f"]:
+    """A Aᵀ from its lower blocks: half the work."""
+    found = rows.new_empty(len(rows), len(rows))
+    for start in range(0, len(rows), _GRAM_BLOCK):
+        some = rows[start : start + _GRAM_BLOCK]
+        stop = start + len(some)
+        torch.mm(some, rows[:stop].T, out=found[start:stop, :stop])
+        found[:start, start:stop] = found[start:stop, :start].T
+    return found
 
 
 def mlp_sites(ref_model, layer: int) -> list[str]:
