@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.hooks import calls
 from interp.hooks.frozen import FrozenNetwork
 from interp.hooks.inputs import Batch
 from interp.hooks.linearization import Linearization
@@ -32,16 +33,33 @@ class _Probed(FrozenNetwork):
         self.probes = [Probe(read.site) for read in found]
         self._edits = [probe.edit(read) for probe, read in zip(self.probes, found, strict=True)]
         self._end = [Read(site, binding) for site, binding in model.resolve(output)]
+        # A free module may run twice: only a whole run, with its own value read as well, can tell.
+        self._free = [read for read in found if read.binding.where.startswith("raw") and read not in self._end]
         super().__init__(model, batch, held, select)
+        self.leaves = [probe.leaf for probe in self.probes]
 
     def _call(self, values: dict[str, Tensor]) -> Any:
+        stop = not self._free and not self._end[0].binding.where.startswith("raw")
         session = Session(
-            self.model.module, self._end, self._edits, stop=True, keep_graph=True, size=self.batch.size,
-            extent=self.batch.extent,
+            self.model.module, [*self._end, *self._free], self._edits, stop=stop, keep_graph=True,
+            size=self.batch.size, extent=self.batch.extent,
         )  # fmt: skip
         with session:
             super()._call(values)
         return session.values[self._end[0].site]
+
+    def push_from(self, v: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
+        """F v for values v [n, ...] of the first site: a replay of the linear part, with zeros before that site."""
+        zeros = {name: value.new_zeros(len(v), *value.shape[1:]) for name, value in self.values.items()}
+        with self.probes[0].giving(calls.mark_live(v.detach().clone())):
+            return self.push(zeros)
+
+    def pull_to(self, w: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
+        """Fᵀ w at the first site, for output directions w [n, ...]."""
+        leaf, batched = self.leaves[0], len(w) > 1
+        given = w[:, None] if batched else w
+        found = torch.autograd.grad(self.output, leaf, given, retain_graph=True, is_grads_batched=batched)[0]
+        return found[:, 0] if batched else found
 
 
 def probed_network(

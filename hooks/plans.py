@@ -1,5 +1,7 @@
 """Plans: interventions resolved against one model and one batch, before any work."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,17 +21,33 @@ if TYPE_CHECKING:
 
 
 class Probe(Intervention):
-    """Adds a zero that requires a gradient: the gradient of anything later with respect to a site."""
+    """Adds a zero that requires a gradient: the gradient of anything later with respect to a site.
+
+    Or, in a replay, adds what it was given.
+    """
 
     kind = "probe"
     leaf: Tensor
+    given: Tensor | None
 
     def __init__(self, site: Site):
         super().__init__(site)
         object.__setattr__(self, "leaf", None)
+        object.__setattr__(self, "given", None)
+
+    @contextmanager
+    def giving(self, value: Tensor) -> Iterator[None]:
+        """A run that adds a value instead of a leaf."""
+        object.__setattr__(self, "given", value)
+        try:
+            yield
+        finally:
+            object.__setattr__(self, "given", None)
 
     def apply(self, value, context):
-        """value + 0."""
+        """value + 0, or the value and what was given."""
+        if self.given is not None:
+            return value + self.given
         if not value.is_floating_point():
             raise InterventionError(f"a gradient at {self.site}, of dtype {value.dtype}", "a floating-point site")
         leaf = mark_live(torch.zeros_like(value, requires_grad=True))

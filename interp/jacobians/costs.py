@@ -10,6 +10,7 @@ from interp.jacobians.graph import GraphEngine
 from interp.jacobians.heads import AttentionBranch
 from interp.jacobians.places import End, Place
 from interp.jacobians.plan import Plan, gemm_rate
+from interp.jacobians.replay import ReplayEngine
 
 # Values that a backward pass through one position of one block holds at a time, in units of the source's width.
 LIVE = 16
@@ -22,6 +23,8 @@ _AUTOGRAD_SPEED = 0.5
 def probe_bytes(engine: Engine) -> int:
     """Bytes of scratch that one probe needs, roughly."""
     each = engine.like.element_size()
+    if isinstance(engine, ReplayEngine):
+        return engine.bytes_each
     if isinstance(engine, GraphEngine):
         output, leaf = engine.recording.output, engine.recording.leaves[0]
         return LIVE * max(output.numel(), leaf.numel()) * each
@@ -77,6 +80,8 @@ def _width(engine: ChainEngine) -> int:
 
 def _flops(engine: Engine, place: Place, rows: int, columns: int) -> float:
     """Of one dense matrix."""
+    if isinstance(engine, ReplayEngine):
+        return 2 * engine.flops * rows if not engine.by_columns(columns, rows) else engine.flops * columns
     if isinstance(engine, GraphEngine):
         # Weights are read once by each row at each position.
         weights = engine.weights

@@ -155,8 +155,8 @@ class _End(NamedTuple):
 
 
 def _end(
-    model: Model, examples: list[Batch], between: Jacobians, given: Dictionary | Tensor, active: Tensor | None, end: int,
-    width: int,
+    model: Model, examples: list[Batch], between: Jacobians, given: Dictionary | Tensor, active: Tensor | None,
+    end: int, width: int,
 ) -> _End:  # fmt: skip
     name = ("active_inputs", "active_outputs")[end]
     if isinstance(given, Dictionary):

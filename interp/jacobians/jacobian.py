@@ -10,20 +10,29 @@ import torch
 from torch import Tensor
 
 from interp.hooks.budget import bytes_of
-from interp.hooks.errors import ArgumentError, InputError, MetaWeightsError, SiteUnavailableError, UnknownFamilyError
+from interp.hooks.errors import (
+    ArgumentError,
+    InputError,
+    LinearizationError,
+    MetaWeightsError,
+    SiteUnavailableError,
+    UnknownFamilyError,
+)
 from interp.hooks.examples import each_example
 from interp.hooks.inputs import Batch
 from interp.hooks.linearization import Linearization, LinearizationLike
 from interp.hooks.model import Model
+from interp.hooks.precision import HALF
 from interp.hooks.site import SiteLike
 from interp.jacobians.chain import ChainEngine, Step, find_steps
 from interp.jacobians.checks import FallbackWarning, check_chain
 from interp.jacobians.costs import make_plan, probe_bytes
 from interp.jacobians.engine import Engine
 from interp.jacobians.files import STORED, record_of, write_jacobians
-from interp.jacobians.graph import GraphEngine
+from interp.jacobians.graph import EXACT, GraphEngine
 from interp.jacobians.places import End, Place, check_indices, find_ends, find_places
 from interp.jacobians.plan import probes_within
+from interp.jacobians.replay import ReplayEngine
 from interp.jacobians.reductions import JacobianSummary, check_reduction
 from interp.jacobians.results import Jacobians, check_out
 from interp.jacobians.stored import StoredJacobians
@@ -178,7 +187,7 @@ class _Maker:
                     continue
                 notes.append(why)
                 steps = None
-            engines[index] = self._graph(batch, ends)
+            engines[index] = self._replay(batch, ends, notes) or self._graph(batch, ends)
         return engines, notes, max(errors, default=None)
 
     def _steps(self, ends: tuple[End, End]) -> list[Step] | None:
@@ -213,6 +222,20 @@ class _Maker:
                 return None, message
             errors.append(error)
         return engine, ""
+
+    def _replay(self, batch: Batch, ends: tuple[End, End], notes: list[str]) -> Engine | None:
+        """The engine for pictures, where every call has a rule."""
+        if self.method == "autograd" or batch.ids is not None or self.model.dtype in HALF:
+            return None
+        try:
+            engine = ReplayEngine(self.model, batch, ends, self.held, self.budget)
+        except LinearizationError as error:
+            if self.held != EXACT:
+                raise
+            notes.append(f"no replay: {error}")
+            return None
+        engine.chunk = probes_within(self.budget, probe_bytes(engine))
+        return engine
 
     def _graph(self, batch: Batch, ends: tuple[End, End]) -> Engine:
         engine = GraphEngine(self.model, batch, ends, self.held, 1, is_local_pair(self.model, ends))

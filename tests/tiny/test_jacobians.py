@@ -287,17 +287,36 @@ def test_a_sweep_gives_the_rows_of_every_site(name, held):
         assert relative(moved[site][0], rows[0] - rows[1]) < 1e-5
 
 
-def test_a_vision_network_rows_and_columns():
+@pytest.mark.parametrize("method", ["auto", "autograd"])
+def test_a_vision_network_rows_and_columns(method):
     module = build_cnn().double()
     model = interp.attach(module)
     x = torch.linspace(0, 9, 3 * 36, dtype=torch.float64).sin().reshape(1, 3, 6, 6)
     wanted = torch.autograd.functional.jacobian(module, x)[0, :, 0]
-    found = interp.jacobian(model, x, "conv:in", "head")
+    found = interp.jacobian(model, x, "conv:in", "head", method=method)
+    assert found.plan.method.startswith("replay" if method == "auto" else "autograd")
+    assert found.plan.flops > 0
     assert relative(found.dense()[0], wanted.flatten(1)) < 1e-12
-    v = torch.randn(3, 6, 6, dtype=torch.float64)
-    torch.testing.assert_close(found.matvec(v)[0], wanted.flatten(1) @ v.flatten())
-    part = interp.jacobian(model, x, "conv:in", "head", rows=[2], columns=[(0, 1, 2), (2, 5, 5)])
+    v, w = torch.randn(5, 3, 6, 6, dtype=torch.float64), torch.randn(5, *wanted.shape[:1], dtype=torch.float64)
+    torch.testing.assert_close(found[0].matvec(v), v.flatten(1) @ wanted.flatten(1).T)
+    torch.testing.assert_close(found[0].rmatvec(w).flatten(1), w @ wanted.flatten(1))
+    part = interp.jacobian(model, x, "conv:in", "head", rows=[2], columns=[(0, 1, 2), (2, 5, 5)], method=method)
     torch.testing.assert_close(part.dense()[0, 0], torch.stack([wanted[2, 0, 1, 2], wanted[2, 2, 5, 5]]))
+    inner = interp.jacobian(model, x, "conv", "head", method=method)
+    first = interp.jacobian(model, x, "conv:in", "conv", method=method)
+    assert relative(inner.dense()[0] @ first.dense()[0], wanted.flatten(1)) < 1e-12
+
+
+@pytest.mark.parametrize("held", ["exact", "path"])
+def test_image_transformers_are_replayed(held):
+    model = interp.attach(build("vit", dtype=torch.float64))
+    x, ends = inputs_for("vit")[:1].double(), ("blocks.1.hook_resid_pre", "blocks.1.hook_resid_post")
+    found = interp.jacobian(model, x, *ends, linearization=held)
+    plain = interp.jacobian(model, x, *ends, linearization=held, method="autograd")
+    assert found.plan.method.startswith("replay")
+    assert relative(found.dense(), plain.dense()) < CLOSE
+    v = torch.randn(3, *found[0].in_shape, dtype=torch.float64)
+    assert relative(found[0].matvec(v).flatten(1), v.flatten(1) @ found.dense()[0].T) < CLOSE
 
 
 def test_encoders_and_images_run_by_autograd():
