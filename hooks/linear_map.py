@@ -64,6 +64,11 @@ class LinearMap:
         self._push = Chunked(push, push_bytes or least, self.budget, chunk, "matvec")
         self._pull = Chunked(pull, pull_bytes or least, self.budget, chunk, "rmatvec")
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Sizes of the matrix: numel of output, numel of input."""
+        return math.prod(self.out_shape), math.prod(self.in_shape)
+
     def matvec(self, v: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Return F v for one input v (shape ``in_shape``), or for each of n probes [n, *in_shape].
 
@@ -83,6 +88,28 @@ class LinearMap:
         probes, single = self._probes(w, self.out_shape, "rmatvec")
         out = self._pull(probes)
         return out[0] if single else out
+
+    def matmat(self, v: Float[Tensor, "in n"]) -> Float[Tensor, "out n"]:
+        """Return F V of flat inputs side by side.
+
+        Raises:
+            InputError: If V has another number of rows.
+        """
+        return self._side_by_side(v, self.in_shape, self._push, "matmat")
+
+    def rmatmat(self, w: Float[Tensor, "out n"]) -> Float[Tensor, "in n"]:
+        """Return Fᵀ W of flat output directions side by side.
+
+        Raises:
+            InputError: If W has another number of rows.
+        """
+        return self._side_by_side(w, self.out_shape, self._pull, "rmatmat")
+
+    def _side_by_side(self, columns: Tensor, shape: tuple[int, ...], call: Chunked, what: str) -> Tensor:
+        columns = torch.as_tensor(columns, dtype=self.dtype, device=self.device)
+        if columns.ndim != 2 or len(columns) != math.prod(shape):
+            raise InputError(f"{what} of a tensor {list(columns.shape)}", f"[{math.prod(shape)}, n]")
+        return call(columns.T.reshape(-1, *shape)).flatten(1).T
 
     def rows(self, indices: Any, chunk: Chunk | None = None) -> Float[Tensor, "n ..."]:
         """Return rows F[k, :] (receptive filters), [n, *in_shape]; an index is a tuple into ``out_shape``, or flat."""
@@ -126,18 +153,14 @@ class LinearMap:
 
         self._check_adjoint()
 
-        def apply(call, shape):
-            def side_by_side(v):
-                probes = torch.as_tensor(np.ascontiguousarray(v.T), dtype=self.dtype, device=self.device)
-                return call(probes.reshape(-1, *shape)).reshape(len(probes), -1).double().cpu().numpy().T
-
+        def of(call):
+            side_by_side = lambda v: call(torch.from_numpy(np.ascontiguousarray(v))).double().cpu().numpy()
             return side_by_side, lambda v: side_by_side(np.asarray(v).reshape(-1, 1))[:, 0]
 
-        size = math.prod(self.out_shape), math.prod(self.in_shape)
-        (matmat, matvec), (rmatmat, rmatvec) = apply(self._push, self.in_shape), apply(self._pull, self.out_shape)
+        (matmat, matvec), (rmatmat, rmatvec) = of(self.matmat), of(self.rmatmat)
         # Called with functions, LinearOperator makes an operator of another class; its stub knows only the first form.
         calls = {"matvec": matvec, "rmatvec": rmatvec, "matmat": matmat, "rmatmat": rmatmat}
-        return LinearOperator(size, dtype=np.float64, **calls)  # pyright: ignore
+        return LinearOperator(self.shape, dtype=np.float64, **calls)  # pyright: ignore
 
     def _check_adjoint(self) -> None:
         made = torch.Generator().manual_seed(0)

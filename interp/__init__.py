@@ -33,6 +33,7 @@ _HOME = {
     "interp.datasets": ["LabelledTexts", "labelled_texts"],
     "interp.dictionaries": ["Dictionary"],
     "interp.jacobian_lens": ["JacobianLens"],
+    "interp.jacobians.attention_parts": ["AttentionParts", "attention_parts"],
     "interp.jacobians.checks": ["FallbackWarning"],
     "interp.jacobians.features": ["FeatureJacobian", "FeatureJacobians", "feature_jacobians"],
     "interp.jacobians.jacobian": ["jacobian"],
@@ -107,6 +108,7 @@ if TYPE_CHECKING:
     from interp.hooks.units import Unit
     from interp.hooks.votes import Votes
     from interp.jacobian_lens import JacobianLens
+    from interp.jacobians.attention_parts import AttentionParts, attention_parts
     from interp.jacobians.checks import FallbackWarning
     from interp.jacobians.features import FeatureJacobian, FeatureJacobians, feature_jacobians
     from interp.jacobians.jacobian import jacobian
@@ -151,7 +153,7 @@ if TYPE_CHECKING:
     from interp.store import ActivationStore
 
 __all__ = [
-    "ActivationStore", "Activations", "Add", "AttentionScore", "Attribution", "AttributionSummary",
+    "ActivationStore", "Activations", "Add", "AttentionParts", "AttentionScore", "Attribution", "AttributionSummary",
     "AverageGradient", "Boundary", "Cost", "CouplingFit", "Couplings", "Dictionary", "DoseResponse", "Erase",
     "FallbackWarning", "FeatureJacobian", "FeatureJacobians", "FeatureVector", "Function", "HeadNorms",
     "InterpError", "Intervention", "JacobianLens", "JacobianMap", "JacobianMean", "JacobianSummary", "Jacobians",
@@ -159,12 +161,12 @@ __all__ = [
     "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable", "ObservableComparison", "ObservableSet",
     "Patch", "PatchGrid", "Path", "PathSearch", "Plan", "ProjectOut", "Reference", "RelationScore", "RowSweep",
     "Run", "Scale", "SequenceObservable", "Set", "Site", "Step", "StoredJacobians", "Table", "Totals", "Unit",
-    "Votes", "Zero", "attach", "attention_score", "attribute_dataset", "attribution_patching", "chart",
-    "compare_observables", "contrast_attribution", "cosine", "cost", "coupling", "coupling_range", "couplings",
-    "direct_attribution", "dose_response", "edge_attribution", "feature_jacobians", "find_paths", "head_norms",
-    "jacobian", "labelled_texts", "load", "load_plan", "logit_lens", "low_data_comparison", "mean_jacobian",
-    "orthogonalize", "pairwise", "patch_grid", "path_patch", "pattern_effects", "propagate", "propagate_all",
-    "register_unit", "row_sweep", "save_plan", "validate_coupling",
+    "Votes", "Zero", "attach", "attention_parts", "attention_score", "attribute_dataset", "attribution_patching",
+    "chart", "compare_observables", "contrast_attribution", "cosine", "cost", "coupling", "coupling_range",
+    "couplings", "direct_attribution", "dose_response", "edge_attribution", "feature_jacobians", "find_paths",
+    "head_norms", "jacobian", "labelled_texts", "load", "load_plan", "logit_lens", "low_data_comparison",
+    "mean_jacobian", "orthogonalize", "pairwise", "patch_grid", "path_patch", "pattern_effects", "propagate",
+    "propagate_all", "register_unit", "row_sweep", "save_plan", "validate_coupling",
 ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from interp.hooks.table import Table
 
 FORMAT = 1
 _TYPES = {
+    "AttentionParts": "interp.jacobians.attention_parts",
     "Attribution": "interp.attribution",
     "AttributionSummary": "interp.attribution_data",
     "BiasReport": "interp.hooks.votes",

@@ -226,36 +226,37 @@ class AttentionBranch:
         core = core if rows is None else core[rows]
         return core if columns is None else core[:, columns]
 
-    def paths(self, t: int) -> dict[str, Float[Tensor, "head d_head d"]]:
-        """The parts of a position's own Jacobian in front of W_O, by the normalised input: value, query, key.
+    def paths(self, t: int, s: int | None = None) -> dict[str, Float[Tensor, "head d_head d"]]:
+        """The parts of d output_t / d input_s in front of W_O, by the normalised input: value, query (of t itself), key.
 
-        C = Σ_j A_j g_j (v_j - o) k_jᵀ; query: C R W_Q, value: A_tt W_V, key: A_tt g_t (v_t - o) (Rᵀ q_t)ᵀ W_K.
+        C = Σ_j A_j g_j (v_j - o) k_jᵀ; query: C R W_Q, value: A_ts W_V, key: A_ts g_s (v_s - o) (Rᵀ q_t)ᵀ W_K.
         """
+        s = t if s is None else s
         fold = lambda weight: self.before.fold(weight.flatten(1).T).unflatten(0, weight.shape[1:])
         wide = lambda x: x if self.repeat == 1 else x.repeat_interleave(self.repeat, 0)
         a = self.pattern[:, t]
-        found = {"value": a[:, t, None, None] * wide(fold(self.wv))}
+        found = {"value": a[:, s, None, None] * wide(fold(self.wv))}
         if self.turns is None:
             return found
-        here = slice(t, t + 1)
-        v, k = self._wide(self.v), self._wide(self.k)
+        v = self._wide(self.v)
         moved = v - torch.einsum("hj,jhd->hd", a, v)
-        core = torch.einsum("hj,jhd,jhe->hde", a * self.slope[:, t], moved, k)
-        query = self.turns.pull(core.transpose(0, 1)[:, None], "q", here)[:, 0] if self._plain else None
-        if query is not None:
-            found["query"] = torch.einsum("dhe,hex->hdx", query, fold(self.wq))
-        else:
-            found["query"] = torch.einsum("hdt,htge,gex->hdx", core, self.turns._at("q", here)[0], fold(self.wq))
-        own = self._own_key(t, here)
-        found["key"] = torch.einsum("h,hd,hx->hdx", (a * self.slope[:, t])[:, t], moved[t], own(fold))
+        if s == t:
+            core = torch.einsum("hj,jhd,jhe->hde", a * self.slope[:, t], moved, self._wide(self.k))
+            found["query"] = self._own_query(core, slice(t, t + 1), fold)
+        key = self._read_key(t, slice(s, s + 1))
+        found["key"] = torch.einsum("h,hd,hx->hdx", (a * self.slope[:, t])[:, s], moved[s], key(fold))
         return found
 
-    @property
-    def _plain(self) -> bool:
-        return self.turns is not None and self.turns.query.ndim == 4
+    def _own_query(self, core: Float[Tensor, "head d_head d_query"], here: slice, fold) -> Tensor:
+        """C R W_Q of each head, by the normalised input."""
+        assert self.turns is not None
+        if self.turns.query.ndim == 4:
+            query = self.turns.pull(core.transpose(0, 1)[:, None], "q", here)[:, 0]
+            return torch.einsum("dhe,hex->hdx", query, fold(self.wq))
+        return torch.einsum("hdt,htge,gex->hdx", core, self.turns._at("q", here)[0], fold(self.wq))
 
-    def _own_key(self, t: int, here: slice):
-        """q_tᵀ R W_K of each query head, by the normalised input."""
+    def _read_key(self, t: int, here: slice):
+        """q_tᵀ R W_K of each query head for one position's key, by the normalised input."""
         assert self.turns is not None
         map_ = self.turns._at("k", here)[0]
         grouped = self.q[t].unflatten(0, (-1, self.repeat))

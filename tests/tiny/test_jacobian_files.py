@@ -191,6 +191,9 @@ def test_summaries_and_means_are_saved_without_pickle(hand, wanted, tmp_path):
     assert both.count == again.count == 15
     torch.testing.assert_close(both.value, again.value)
     assert both.merge(again).count == 30
+    parts = interp.attention_parts(hand, IDS[:1], 1, [(2, 5)])
+    save_result(parts, tmp_path / "parts")
+    assert torch.equal(load_result(tmp_path / "parts").whole, parts.whole)
 
 
 def test_means_stop_when_settled_and_refuse_what_is_not_alike(hand):

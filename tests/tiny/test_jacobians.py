@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import interp
+from interp.hooks.errors import InputError
 from tests.cases import DECODERS, HAND_LAYOUT, IDS, MIXED, build, build_cnn, build_hand, inputs_for
 
 # transformers takes softmax and RMS norms in float32 whatever the dtype, so float64 models agree to that only.
@@ -205,23 +206,43 @@ def test_a_frozen_map_reproduces_the_forward_value():
     assert relative(interp.jacobian(model, ids, x, y).matvec(acts[x][0])[0], acts[y][0]) > 0.1
 
 
-def test_attention_paths_add_up(hand):
-    """Query, value and key path of one position's own Jacobian, each made by freezing the others."""
-    from interp.jacobians.chain import ChainEngine, Step
-    from interp.jacobians.places import Place
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen3", "olmo2", "neox-parallel", "granite"])
+def test_attention_parts_add_up_and_are_what_the_frozen_others_leave(name):
+    model, ids = interp.attach(build(name, dtype=torch.float64)), inputs_for(name)[:1]
+    ends, pairs = ("blocks.1.hook_resid_pre", "blocks.1.hook_attn_out"), [(5, 5), (3, 6), (0, 0), (2, 2)]
+    found = interp.attention_parts(model, ids, 1, pairs)
+    whole = interp.jacobian(model, ids, *ends, pairs, method="autograd").dense()
+    assert relative(found.whole, whole) < CLOSE
+    held = interp.Linearization(activation="tangent", norm="tangent", attention="frozen", product="tangent")
+    value = interp.jacobian(model, ids, *ends, pairs, method="autograd", linearization=held).dense()
+    assert relative(found.value, value) < CLOSE
+    assert not found.query[1].any()
+    assert found.query[0].norm() > 1e-3 * found.value[0].norm()
+    heads = [interp.attention_parts(model, ids, 1, pairs, head=i) for i in range(4)]
+    for part in ("value", "query", "key"):
+        assert relative(sum(getattr(h, part) for h in heads), getattr(found, part)) < 1e-12
+    alone = interp.attention_parts(model, ids, 1, pairs, linearization=held)
+    assert not alone.pattern.any()
+    assert found.to_records()[1]["target"] == 6
 
-    batch = hand.batch(IDS[:1])
-    place = Place(0, (5,), (5,), (True, True))
-    held = interp.Linearization.of("exact")
-    branch = ChainEngine(hand, batch, [Step(("attention",), 1, skip=False)], [place], held, 8).stages[0][1][0]
-    paths = branch.paths(5)
-    assert set(paths) == {"query", "value", "key"}
-    frozen = interp.jacobian(
-        hand, IDS[:1], "blocks.1.ln1.hook_out", "blocks.1.hook_attn_out", [5], linearization="path"
-    )
-    value = branch.wo.flatten(0, 1).T @ paths["value"].flatten(0, 1)
-    gain = branch.before.norm.gain
-    torch.testing.assert_close(value, frozen.dense()[0] * gain - (frozen.dense()[0] * gain).mean(1, keepdim=True))
+
+def test_query_and_key_parts_by_holding_one_of_them(hand):
+    """The key part of position t alone, from a network whose queries are constants."""
+    ids, model = IDS[:1], hand
+    parts = interp.attention_parts(model, ids, 1, [(5, 5)])
+    acts = model.capture(ids, ["blocks.1.hook_resid_pre", "blocks.1.attn.hook_q"])
+    queries = interp.Set("blocks.1.attn.hook_q", value=acts["blocks.1.attn.hook_q"][0])
+    x = acts["blocks.1.hook_resid_pre"][0]
+    v = torch.randn(32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def moved(step):
+        value = x.clone()
+        value[5] += step * v
+        plan = [interp.Set("blocks.1.hook_resid_pre", value=value), queries]
+        return model.capture(ids, "blocks.1.hook_attn_out", plan=plan)["blocks.1.hook_attn_out"][0, 5]
+
+    difference = (moved(1e-5) - moved(-1e-5)) / 2e-5
+    assert relative((parts.value + parts.key)[0] @ v, difference) < 1e-7
 
 
 SOURCE, MLP = "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"
@@ -257,6 +278,21 @@ def test_summaries_of_chains_are_streamed(hand):
         summary = found.reduce(how)
         assert "chunk by chunk" in summary.method
         assert relative(summary.value, value) < 1e-12, how
+
+
+def test_each_is_an_operator(hand):
+    one = interp.jacobian(hand, IDS[:1], *ENDS, [(2, 6)])[0]
+    matrix = one.dense()
+    made = torch.Generator().manual_seed(0)
+    v, w = (torch.randn(32, 5, generator=made, dtype=torch.float64) for _ in range(2))
+    assert one.shape == (32, 32)
+    torch.testing.assert_close(one.matmat(v), matrix @ v)
+    torch.testing.assert_close(one.rmatmat(w), matrix.T @ w)
+    scipy = one.to_scipy()
+    torch.testing.assert_close(torch.from_numpy(scipy @ v.numpy()), matrix @ v)
+    torch.testing.assert_close(torch.from_numpy(scipy.T @ w[:, 0].numpy()), matrix.T @ w[:, 0])
+    with pytest.raises(InputError, match=r"\[32, n\]"):
+        one.matmat(v.T)
 
 
 def test_svd_of_each(hand):
