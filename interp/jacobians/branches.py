@@ -117,6 +117,9 @@ class GateBranch:
         before: Whether the norm in front belongs to it.
         behind: Whether the branch's multiplier and post-norm belong to it.
 
+    Attributes:
+        bf16: Whether the product that makes a matrix rounds its factors to bfloat16.
+
     Raises:
         SiteUnavailableError: If the MLP has no closed form.
     """
@@ -132,6 +135,8 @@ class GateBranch:
         self.out = self._laid(mlp.down.weight).T
         self._folded: tuple[Tensor, Tensor | None] | None = None
         self._scratch: Tensor | None = None
+        self._rounded: Tensor | None = None
+        self.bf16 = False
 
     @property
     def folded(self) -> tuple[Tensor, Tensor | None]:
@@ -181,6 +186,9 @@ class GateBranch:
         middle = torch.mul(pre, p[:, None], out=self._scratch)
         if up is not None and q is not None:
             middle.addcmul_(up, q[:, None])
+        if self.bf16:
+            made = self._as_bf16(left) @ middle.bfloat16()
+            return made.to(middle.dtype) if out is None else out.copy_(made)
         return torch.mm(left, middle, out=out) if out is not None else left @ middle
 
     def sandwich(
@@ -210,6 +218,11 @@ class GateBranch:
         if columns is not None:
             pre, up, n = pre[:, columns], None if up is None else up[:, columns], None if n is None else n[:, columns]
         return Sandwich(out, pre, p, up if q is not None else None, q, n, c, skip)
+    def _as_bf16(self, left: Tensor) -> Tensor:
+        if left is not self.out:
+            return left.bfloat16()
+        self._rounded = left.bfloat16() if self._rounded is None else self._rounded
+        return self._rounded
 
     @cached_property
     def tables(self) -> tuple[Tensor, Tensor | None, Tensor | None]:

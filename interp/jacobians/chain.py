@@ -25,6 +25,8 @@ from interp.jacobians.places import End, Place
 from interp.propagation.reference import Reference
 
 _COMPOSED, _COMPOSED_TF32 = 1e-3, 1e-2
+# Relative error of a composed matrix against its own pull, by precision.
+_COMPOSED = {"float32": 1e-3, "bf16": 5e-2}
 _SITE = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
@@ -265,11 +267,40 @@ class ChainEngine(Engine):
         wanted = self.keep(place, 0, columns, self.pull(place, self.spread(place, 1, rows, w)))
         error = float((w @ made - wanted).norm() / wanted.norm().clamp(min=1e-30))
         limit = _COMPOSED_TF32 if self.tf32 else _COMPOSED
+        limit = _COMPOSED.get(self.precision, _COMPOSED["float32"])
         if not error <= limit:
             raise CompletenessError(
                 f"a matrix of {len(self.steps)} blocks that is off by {error:.1e} from its own pull",
                 f"a relative difference below {limit:.0e}", "method='autograd' computes it without closed forms",
             )  # fmt: skip
+
+    @property
+    def gates(self) -> list[GateBranch]:
+        """The MLPs among the branches."""
+        return [b for _, branches in self.stages for b in branches if isinstance(b, GateBranch)]
+
+    @property
+    def precision(self) -> str:
+        """Of sums and products, in a word."""
+        return "bf16" if any(gate.bf16 for gate in self.gates) else super().precision
+
+    @torch.no_grad()
+    def use_bf16(self) -> str:
+        """Make matrices of MLPs from products in bfloat16; what that changes, in words."""
+        for gate in self.gates:
+            gate.bf16 = True
+        if not self.gates:
+            return "precision='bf16': there is no MLP whose matrix is a product"
+        gate, t = self.gates[0], self.span.stop - 1
+        p, q = gate.p[t], None if gate.q is None else gate.q[t]
+        rounded = gate.core(p, q, None, None)
+        gate.bf16 = False
+        plain = gate.core(p, q, None, None)
+        gate.bf16 = True
+        error = float((rounded - plain).norm() / plain.norm().clamp(min=1e-30))
+        return (
+            f"products of {gate.name} in bfloat16 differ from float32 by {error:.1e}; what is pushed stays in float32"
+        )
 
     def composes(self, place: Place, k: int) -> bool:
         """Whether k tangents of one position cost more than building each block's matrix and multiplying.
@@ -278,7 +309,7 @@ class ChainEngine(Engine):
         """
         if place.single != (True, True) or place.sources != place.targets or not self.stages:
             return False
-        gated = next((b for _, bs in self.stages for b in bs if isinstance(b, GateBranch)), None)
+        gated = next(iter(self.gates), None)
         if gated is None:
             return True
         d, f = self.shapes[0][0], gated.p.shape[-1]

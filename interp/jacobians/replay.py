@@ -45,9 +45,11 @@ class ReplayEngine(Engine):
             guards.refuse_training(model.module)
         self.network = network = probed_network(model, _channels_last(batch), held, [ends[0].site], ends[1].site)
         output, leaf = network.output, network.leaves[0]
-        reached = output.requires_grad and torch.autograd.grad(
-            output, leaf, torch.zeros_like(output), retain_graph=True, allow_unused=True
-        )[0] is not None
+        reached = (
+            output.requires_grad
+            and torch.autograd.grad(output, leaf, torch.zeros_like(output), retain_graph=True, allow_unused=True)[0]
+            is not None
+        )
         if not reached:
             raise ArgumentError(
                 f"target {ends[1].site}, which does not depend on {ends[0].site}", "a source that the target depends on"
@@ -78,6 +80,8 @@ class ReplayEngine(Engine):
 def _channels_last(batch: Batch) -> Batch:
     """Pictures [1, channel, height, width] in the order of memory that convolutions on a CPU are fastest with."""
     turn = lambda v: (
-        v.contiguous(memory_format=torch.channels_last) if isinstance(v, Tensor) and v.ndim == 4 and not v.is_cuda else v
+        v.contiguous(memory_format=torch.channels_last)
+        if isinstance(v, Tensor) and v.ndim == 4 and not v.is_cuda
+        else v
     )
     return Batch(tuple(map(turn, batch.args)), {k: turn(v) for k, v in batch.kwargs.items()}, batch.size)

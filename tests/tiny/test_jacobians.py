@@ -390,6 +390,25 @@ def test_a_wrong_closed_form_is_noticed_named_and_replaced(monkeypatch):
     assert torch.equal(found.dense(), wanted)
 
 
+def test_products_in_bfloat16_are_asked_for_reported_and_leave_flags_alone():
+    model, ids = interp.attach(build("llama")), inputs_for("llama")[:1]
+    flags = torch.get_float32_matmul_precision(), torch.backends.mkldnn.matmul.fp32_precision
+    for ends, positions in (((SOURCE, MLP), "same"), (ENDS, [5])):
+        wanted = interp.jacobian(model, ids, *ends, positions).dense()
+        found = interp.jacobian(model, ids, *ends, positions, precision="bf16")
+        assert "in bfloat16 differ" in found.plan.notes[0]
+        assert found.plan.precision == "bf16"
+        assert found.plan.check < 1e-5  # the closed form itself is as right as ever
+        assert 1e-4 < relative(found.dense(), wanted) < 1e-2
+        assert found.dense().dtype == torch.float32
+        part = interp.jacobian(model, ids, *ends, positions, precision="bf16", rows=[1, 4]).dense()
+        assert relative(part, wanted[:, [1, 4]]) < 2e-2
+    assert flags == (torch.get_float32_matmul_precision(), torch.backends.mkldnn.matmul.fp32_precision)
+    moe = interp.attach(build("mixtral"))
+    found = interp.jacobian(moe, ids, SOURCE, MLP, [3], precision="bf16")
+    assert "autograd runs in the model's dtype" in found.plan.notes[-1]
+
+
 def test_a_wrongly_composed_matrix_is_refused(hand, monkeypatch):
     from interp.hooks.errors import CompletenessError
     from interp.jacobians.heads import AttentionBranch
