@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointError
 
 from interp.hooks import guards
-from interp.hooks.errors import ArgumentError, NonFiniteError
+from interp.hooks.errors import ArgumentError, ModelStateError, NonFiniteError
 from interp.hooks.frozen import untouched
 from interp.hooks.frozen_gradients import probed_network
 from interp.hooks.inputs import Batch
@@ -48,21 +49,9 @@ class Recording:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             self.output, self.leaves = run(model, batch, sources, target, held)
         self.can_batch = True
-        for end, reached in zip(sources, self._reached(), strict=True):
-            if not reached:
-                raise ArgumentError(
-                    f"target {target.site}, which does not depend on {end.site}", "a source that the target depends on"
-                )
+        refuse_independent(self.output, self.leaves, sources, target)
         if not torch.isfinite(self.output).all():
             raise NonFiniteError(f"{target.site} holds NaN or infinity", "finite activations at the reference")
-
-    def _reached(self) -> list[bool]:
-        """Of each leaf, whether the target depends on it."""
-        if not self.output.requires_grad:
-            return [False] * len(self.leaves)
-        zero = torch.zeros_like(self.output)
-        grads = torch.autograd.grad(self.output, self.leaves, zero, retain_graph=True, allow_unused=True)
-        return [grad is not None for grad in grads]
 
     def pull(self, w: Float[Tensor, "k ..."]) -> list[Tensor]:
         """Gradients [k, 1, ...] at each leaf of k covectors [k, 1, ...] on the target."""
@@ -84,6 +73,29 @@ class Recording:
         if not pulled.requires_grad:
             return v.new_zeros(len(v), *self.output.shape)
         return torch.stack([torch.autograd.grad(pulled, w, one, retain_graph=True)[0] for one in v])
+
+
+def refuse_independent(output: Tensor, leaves: Sequence[Tensor], sources: Sequence[End], target: End) -> None:
+    """Refuse a target that does not depend on a source, or through recomputed activations.
+
+    Raises:
+        ArgumentError: If it does not depend on one of them.
+        ModelStateError: If the network checkpoints activations: hooks would be gone when they are computed again.
+    """
+    grads: Sequence[Tensor | None] = [None] * len(leaves)
+    try:
+        if output.requires_grad:
+            zero = torch.zeros_like(output)
+            grads = torch.autograd.grad(output, list(leaves), zero, retain_graph=True, allow_unused=True)
+    except CheckpointError as error:
+        raise ModelStateError(
+            f"{target.site} behind checkpointed activations", "a forward that keeps them", "turn checkpointing off"
+        ) from error
+    for end, grad in zip(sources, grads, strict=True):
+        if grad is None:
+            raise ArgumentError(
+                f"target {target.site}, which does not depend on {end.site}", "a source that the target depends on"
+            )
 
 
 def _run(model: Model, batch: Batch, sources, target: End, held: Linearization) -> tuple[Tensor, list[Tensor]]:

@@ -227,7 +227,7 @@ class AttentionBranch:
         return core if columns is None else core[:, columns]
 
     def paths(self, t: int, s: int | None = None) -> dict[str, Float[Tensor, "head d_head d"]]:
-        """The parts of d output_t / d input_s in front of W_O, by the normalised input: value, query (of t itself), key.
+        """The parts of d output_t / d input_s in front of W_O, by the normalised input: value, key, query where s is t.
 
         C = Σ_j A_j g_j (v_j - o) k_jᵀ; query: C R W_Q, value: A_ts W_V, key: A_ts g_s (v_s - o) (Rᵀ q_t)ᵀ W_K.
         """

@@ -32,8 +32,8 @@ from interp.jacobians.files import STORED, record_of, write_jacobians
 from interp.jacobians.graph import EXACT, GraphEngine
 from interp.jacobians.places import End, Place, check_indices, find_ends, find_places
 from interp.jacobians.plan import probes_within
-from interp.jacobians.replay import ReplayEngine
 from interp.jacobians.reductions import JacobianSummary, check_reduction
+from interp.jacobians.replay import ReplayEngine
 from interp.jacobians.results import Jacobians, check_out
 from interp.jacobians.stored import StoredJacobians
 

@@ -10,12 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from interp.hooks import guards
 from interp.hooks.budget import Chunked
-from interp.hooks.errors import ArgumentError, NonFiniteError
+from interp.hooks.errors import NonFiniteError
 from interp.hooks.frozen_gradients import probed_network
 from interp.hooks.inputs import Batch
 from interp.hooks.linearization import Linearization
 from interp.hooks.model import Model
 from interp.jacobians.engine import Engine
+from interp.jacobians.graph import refuse_independent
 from interp.jacobians.places import End, Place
 
 
@@ -36,6 +37,7 @@ class ReplayEngine(Engine):
     Raises:
         LinearizationError: If a call has no rule.
         ArgumentError: If the target does not depend on the source.
+        ModelStateError: If the network checkpoints activations.
         NonFiniteError: If the target holds NaN or infinity.
     """
 
@@ -45,15 +47,7 @@ class ReplayEngine(Engine):
             guards.refuse_training(model.module)
         self.network = network = probed_network(model, _channels_last(batch), held, [ends[0].site], ends[1].site)
         output, leaf = network.output, network.leaves[0]
-        reached = (
-            output.requires_grad
-            and torch.autograd.grad(output, leaf, torch.zeros_like(output), retain_graph=True, allow_unused=True)[0]
-            is not None
-        )
-        if not reached:
-            raise ArgumentError(
-                f"target {ends[1].site}, which does not depend on {ends[0].site}", "a source that the target depends on"
-            )
+        refuse_independent(output, network.leaves, ends[:1], ends[1])
         if not torch.isfinite(output).all():
             raise NonFiniteError(f"{ends[1].site} holds NaN or infinity", "finite activations at the reference")
         self.shapes = tuple(leaf.shape[1:]), tuple(output.shape[1:])

@@ -314,12 +314,14 @@ def check_out(out: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     """Refuse a tensor that the matrices cannot be written to.
 
     Raises:
-        ArgumentError: If shape, dtype or device differ, or it is part of a graph.
+        ArgumentError: If shape, dtype or device differ, it is part of a graph, or several entries share memory.
     """
-    if tuple(out.shape) != shape or out.dtype != like.dtype or out.device != like.device or out.requires_grad:
+    shared = any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True))
+    fits = tuple(out.shape) == shape and out.dtype == like.dtype and out.device == like.device
+    if not fits or out.requires_grad or shared:
         given = f"out: a {out.dtype} tensor {list(out.shape)} on {out.device}"
-        grad = " that requires a gradient" if out.requires_grad else ""
-        raise ArgumentError(given + grad, f"a {like.dtype} tensor {list(shape)} on {like.device} without a gradient")
+        more = " that requires a gradient" if out.requires_grad else " whose entries share memory" if shared else ""
+        raise ArgumentError(given + more, f"a {like.dtype} tensor {list(shape)} on {like.device} without a gradient")
 
 
 def _both(place: Place) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:

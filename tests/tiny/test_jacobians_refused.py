@@ -9,9 +9,11 @@ from interp.hooks.errors import (
     CompiledModelError,
     InputError,
     MetaWeightsError,
+    ModelStateError,
     NonFiniteError,
     PositionError,
     SiteError,
+    SiteUnavailableError,
     SizeError,
     TrainModeError,
     UnsupportedOpError,
@@ -66,6 +68,14 @@ CASES = {
     "out in a graph": (
         dict(positions="same", out=torch.empty(7, 32, 32, requires_grad=True)), ArgumentError, "without a gradient",
     ),
+    "out on another device": (
+        dict(positions="same", out=torch.empty(7, 32, 32, device="meta")), ArgumentError, "on meta",
+    ),
+    "out that is written over": (
+        dict(positions="same", out=torch.empty(1, 32, 32).expand(7, 32, 32)), ArgumentError, "share memory",
+    ),
+    "a dtype of nothing stored": (dict(out_dtype=torch.float16), ArgumentError, "a path as out"),
+    "a cache": (dict(inputs={"input_ids": ONE, "past_key_values": ()}), InputError, "past_key_values"),
     "out that is no tensor": (dict(out=["here"]), ArgumentError, "a tensor or a path"),
     "out beside a reduction": (dict(out=torch.empty(1), reduce="mean"), ArgumentError, "one of the two"),
     "float ids": (dict(inputs=torch.ones(1, 3)), InputError, "integers"),
@@ -194,11 +204,49 @@ def test_compiled_and_meta_models():
         interp.jacobian(interp.attach(torch.nn.Linear(2, 2)), torch.ones(1, 2, device="cpu"), "", "")
 
 
+def test_sites_that_are_not_one_tensor_say_why():
+    model = interp.attach(build("mixtral"))
+    with pytest.raises(SiteUnavailableError, match="a dense MLP"):
+        interp.jacobian(model, ONE, MID, "blocks.1.mlp.hook_pre")
+    cnn = interp.attach(build_cnn())
+    with pytest.raises(InputError, match="int64"):
+        interp.jacobian(cnn, torch.ones(1, 3, 6, 6, dtype=torch.int64), "conv:in", "head")
+
+
+class Checkpointed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        from torch.utils.checkpoint import checkpoint
+
+        return self.last(checkpoint(lambda z: torch.tanh(self.first(z)), x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("method", ["auto", "autograd"])
+def test_wrapped_and_in_place_networks(method):
+    """Checkpoints are refused, a wrapper is looked through, and what is written in place is read before."""
+    with pytest.raises(ModelStateError, match="turn checkpointing off"):
+        interp.jacobian(interp.attach(Checkpointed()), torch.ones(1, 3), "first:in", "last", method=method)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.SiLU(inplace=True), torch.nn.Linear(4, 4), torch.nn.ReLU(inplace=True)
+    ).double()
+    x, wrapped = torch.ones(1, 3, dtype=torch.float64), interp.attach(torch.nn.DataParallel(net))
+    z = net[0](x).detach()
+    slope = torch.autograd.functional.jacobian(torch.nn.functional.silu, z)[0, :, 0]
+    after = net[2](torch.nn.functional.silu(z)).detach()
+    wanted = (after[0] > 0)[:, None] * (net[2].weight.detach() @ slope)
+    found = interp.jacobian(wrapped, x, "0", "3", method=method).dense()[0]
+    torch.testing.assert_close(found, wanted)
+
+
 def test_a_module_that_runs_twice_is_not_a_site():
     shared = torch.nn.Tanh()
     model = interp.attach(torch.nn.Sequential(torch.nn.Linear(2, 2), shared, torch.nn.Linear(2, 2), shared))
-    with pytest.raises(SiteError, match="more than once"):
-        interp.jacobian(model, torch.ones(1, 2), "0", "1")
+    for held in ("exact", "frozen"):
+        with pytest.raises(SiteError, match="more than once"):
+            interp.jacobian(model, torch.ones(1, 2), "0", "1", linearization=held)
     assert interp.jacobian(model, torch.ones(1, 2), "0", "2").dense().shape == (1, 2, 2)
 
 
