@@ -1,6 +1,7 @@
-"""Chains: the part of a decoder between two sites as steps of known branches, and the engine that runs them.
+"""Chains: the part of a transformer between two sites as steps of known branches, and the engine that runs them.
 
-Only the layers between source and target are used, and only the positions from the first source to the last target.
+Only the layers between source and target are used, and of a decoder only the positions from the first source to the last
+target.
 """
 
 import re
@@ -53,7 +54,7 @@ class Step:
 def find_steps(model: Model, source: End, target: End) -> list[Step] | None:
     """Return the steps from source to target, or None where they are not all of a known kind."""
     layout = model.layout
-    if layout is None or layout.post_ln or layout.modality != "tokens":
+    if layout is None or layout.modality not in ("tokens", "encoder"):
         return None
     if source.site.head is not None or target.site.head is not None:
         return None
@@ -74,10 +75,22 @@ def _stream(model: Model, start: int, stop: int) -> list[Step]:
     assert model.layout is not None
     if model.layout.parallel:
         return [Step(("attention", "mlp"), i) for i in range(start // 2, stop // 2)]
-    return [Step(("mlp" if i % 2 else "attention",), i // 2) for i in range(start, stop)]
+    behind = model.layout.post_ln
+    steps = []
+    for i in range(start, stop):
+        steps.append(Step(("mlp" if i % 2 else "attention",), i // 2, before=not behind))
+        if behind:
+            steps.append(Step(("norm",), i // 2, skip=False, norm=f"blocks.{i // 2}.ln{1 + i % 2}"))
+    return steps
 
 
 _POINTS = {"hook_resid_pre": 0, "hook_resid_mid": 1, "hook_resid_post": 2}
+# Where the stream itself is normalised, what a norm gives is the stream.
+_POST_LN = _POINTS | {"ln1.hook_out": 1, "ln2.hook_out": 2}
+
+
+def _points(model: Model) -> dict[str, int]:
+    return _POST_LN if model.layout is not None and model.layout.post_ln else _POINTS
 
 
 def _entry(model: Model, address: str) -> tuple[int, list[Step]] | None:
@@ -90,8 +103,8 @@ def _entry(model: Model, address: str) -> tuple[int, list[Step]] | None:
     if match is None:
         return None
     layer, part = int(match[1]), match[2]
-    if part in _POINTS:
-        return 2 * layer + _POINTS[part], []
+    if part in _points(model):
+        return 2 * layer + _points(model)[part], []
     shared = layout.parallel and layout.ln2 is None
     if part == "ln1.hook_out":
         kinds = ("attention", "mlp") if shared else ("attention",)
@@ -114,14 +127,14 @@ def _exit(model: Model, address: str) -> tuple[int, list[Step]] | None:
     if match is None:
         return None
     layer, part = int(match[1]), match[2]
-    if part in _POINTS:
-        return 2 * layer + _POINTS[part], []
-    middle = 2 * layer + (0 if layout.parallel else 1)
+    if part in _points(model):
+        return 2 * layer + _points(model)[part], []
+    middle, before = 2 * layer + (0 if layout.parallel else 1), not layout.post_ln
     branches = {
-        "hook_attn_out": (2 * layer, Step(("attention",), layer, skip=False)),
-        "attn.hook_out": (2 * layer, Step(("attention",), layer, skip=False, behind=False)),
-        "hook_mlp_out": (middle, Step(("mlp",), layer, skip=False)),
-        "mlp.hook_out": (middle, Step(("mlp",), layer, skip=False, behind=False)),
+        "hook_attn_out": (2 * layer, Step(("attention",), layer, skip=False, before=before)),
+        "attn.hook_out": (2 * layer, Step(("attention",), layer, skip=False, before=before, behind=False)),
+        "hook_mlp_out": (middle, Step(("mlp",), layer, skip=False, before=before)),
+        "mlp.hook_out": (middle, Step(("mlp",), layer, skip=False, before=before, behind=False)),
         "ln1.hook_out": (2 * layer, Step(("norm",), layer, skip=False, norm=f"blocks.{layer}.ln1")),
         "ln2.hook_out": (middle, Step(("norm",), layer, skip=False, norm=f"blocks.{layer}.ln2")),
     }
@@ -176,7 +189,7 @@ class ChainEngine(Engine):
     """Jacobians of one example through known branches, without autograd.
 
     Args:
-        model: A decoder.
+        model: A decoder or encoder of tokens.
         batch: One example, without padding.
         steps: From source to target.
         places: What will be asked for: the example is cut behind the last target.
@@ -193,13 +206,14 @@ class ChainEngine(Engine):
         chunk: int, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         self.steps, self.chunk, self.held = steps, chunk, held
-        self.ref = ref = Reference(model, batch, only=_sites(model, steps))
+        self.ref = ref = Reference(model, batch, only=_sites(model, steps), post_ln=True)
         ref.weights.dtype = dtype or ref.weights.dtype
         self.local = is_local(steps)
+        self.sees_all = model.layout is not None and model.layout.modality == "encoder" and not self.local
         layers = [s.layer for s in steps if "attention" in s.kinds] if held.attention == "tangent" else []
         start = min(min(p.sources or (0,)) for p in places)
         stop = 1 + max(max(p.targets or (0,)) for p in places)
-        self.span = slice(start, stop)
+        self.span = slice(0, ref.length) if self.sees_all else slice(start, stop)
         turns = find_turns(model, ref, layers, self.span)
         self.stages = [(step, [self._branch(step, kind, turns) for kind in step.kinds]) for step in steps]
         d = ref.weights.sizes["d_model"]
@@ -218,7 +232,7 @@ class ChainEngine(Engine):
 
     def push(self, place: Place, v: Tensor) -> Tensor:
         """Through the steps in order."""
-        span = self._span(place)
+        span = self.reach(place)
         x = self._widen(v, place.sources, span)
         for step, branches in self.stages:
             moved = _sum([branch.push(x, span) for branch in branches])
@@ -227,7 +241,7 @@ class ChainEngine(Engine):
 
     def pull(self, place: Place, w: Tensor) -> Tensor:
         """Through the steps in reverse."""
-        span = self._span(place)
+        span = self.reach(place)
         y = self._widen(w, place.targets, span)
         for step, branches in reversed(self.stages):
             moved = _sum([branch.pull(y, span) for branch in branches])
@@ -309,6 +323,8 @@ class ChainEngine(Engine):
         """
         if place.single != (True, True) or place.sources != place.targets or not self.stages:
             return False
+        if self.sees_all and sum("attention" in step.kinds for step in self.steps) > 1:
+            return False  # one position reaches itself through others
         gated = next(iter(self.gates), None)
         if gated is None:
             return True
@@ -336,7 +352,10 @@ class ChainEngine(Engine):
         assert made is not None
         return made[rows] if rows is not None and self.stages[last][0].skip else made
 
-    def _span(self, place: Place) -> slice:
+    def reach(self, place: Place) -> slice:
+        """The positions that tangents from a place's sources pass on the way to its targets."""
+        if self.sees_all:
+            return self.span
         assert place.sources is not None
         assert place.targets is not None
         return slice(min(place.sources), max(place.targets) + 1)

@@ -88,7 +88,7 @@ def _culprit(model: Model, batch: Batch, engine: ChainEngine, place: Place) -> t
             names = _branch_sites(model, step, kind)
             if names is None:
                 continue
-            one = Step((kind,), step.layer, skip=False)
+            one = Step((kind,), step.layer, skip=False, before=not model.layout.post_ln)  # type: ignore[union-attr]
             ends = tuple(End(model.resolve(name)[0][0], known[name]) for name in names)
             at = place if kind == "attention" else here
             alone = ChainEngine(model, batch, [one], [at], engine.held, engine.chunk, engine.like.dtype)

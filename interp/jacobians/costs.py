@@ -91,7 +91,7 @@ def _flops(engine: Engine, place: Place, rows: int, columns: int) -> float:
     assert isinstance(engine, ChainEngine)
     d, k = engine.shapes[0][0], min(rows, columns)
     composed = engine.composes(place, k)
-    length = max(place.targets or (0,)) - min(place.sources or (0,)) + 1
+    length = engine.reach(place).stop - engine.reach(place).start
     total = 0.0
     for step, branches in engine.stages:
         for branch in branches:

@@ -27,8 +27,8 @@ _ENDS = ("hook_embed", "hook_pos_embed", "ln_final.hook_scale", "ln_final.hook_n
 class Weights:
     """A model's weights in one convention, dtype and device; what is cast is made when used, the last few kept."""
 
-    def __init__(self, model: Model, dtype: torch.dtype | None = None):
-        if model.layout is None or model.layout.post_ln or model.bindings is None:
+    def __init__(self, model: Model, dtype: torch.dtype | None = None, post_ln: bool = False):
+        if model.layout is None or (model.layout.post_ln and not post_ln) or model.bindings is None:
             raise SiteUnavailableError(
                 f"pull-backs through {type(model.module).__name__} ({model.family})",
                 "a layout whose branches are added to one residual stream",
@@ -87,6 +87,7 @@ class Reference:
         prompt: One text, or token ids.
         sites: Further sites to capture at once; others are captured when first read.
         only: The sites to capture at once, instead of those of every layer: for a part of the network.
+        post_ln: Whether a stream that is normalised behind each sum (BERT) will do.
 
     Raises:
         SiteUnavailableError: If the model has no residual stream that branches add to.
@@ -102,8 +103,11 @@ class Reference:
         [1, 3]
     """
 
-    def __init__(self, model: Model, prompt: Any, sites: tuple[str, ...] = (), only: Sequence[str] | None = None):
-        self.model, self.weights = model, Weights(model)
+    def __init__(
+        self, model: Model, prompt: Any, sites: tuple[str, ...] = (), only: Sequence[str] | None = None,
+        post_ln: bool = False,
+    ):  # fmt: skip
+        self.model, self.weights = model, Weights(model, post_ln=post_ln)
         self.batch = model.batch(prompt)
         if self.batch.size != 1 or self.batch.ids is None:
             raise ArgumentError(f"{self.batch.size} prompts", "one text, or one list of token ids")
@@ -198,7 +202,7 @@ class Reference:
         """What an MLP reads."""
         name = self.mlp_norm(layer)
         norm = self.weights.norm(name)
-        if norm is None:
+        if norm is None or self.weights.layout.post_ln:
             return self.at(f"blocks.{layer}.hook_resid_mid")
         return norm.finish(self.at(f"{name}.hook_normalized")).to(self.weights.dtype)
 

@@ -355,7 +355,28 @@ def test_image_transformers_are_replayed(held):
     assert relative(found[0].matvec(v).flatten(1), v.flatten(1) @ found.dense()[0].T) < CLOSE
 
 
-def test_encoders_and_images_run_by_autograd():
+@pytest.mark.parametrize("held", ["exact", "frozen", "path"])
+def test_encoders_have_closed_forms(held):
+    """Post-norm blocks that see both ways: one position reaches itself through all others."""
+    model, ids = interp.attach(build("bert", dtype=torch.float64)), inputs_for("bert")[:1]
+    cases = [
+        (ENDS, None), (ENDS, "same"), (ENDS, [(2, 5), (5, 2)]), ((SOURCE, MLP), "same"),
+        (("blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"), [3]),
+        (("blocks.1.hook_resid_pre", "blocks.1.hook_attn_out"), [(6, 0)]),
+        (("blocks.0.ln1.hook_out", "blocks.2.ln2.hook_out"), [(0, 4)]),
+    ]  # fmt: skip
+    for ends, positions in cases:
+        options = {"positions": positions, "linearization": held}
+        found = interp.jacobian(model, ids, *ends, method="closed", **options)
+        plain = interp.jacobian(model, ids, *ends, method="autograd", **options)
+        assert relative(found.dense(), plain.dense()) < 1e-11, (ends, positions)
+        v = torch.randn(found[0].in_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        assert relative(found.matvec(v), plain.matvec(v)) < 1e-11
+    alone = interp.jacobian(model, ids, "blocks.1.hook_resid_pre", "blocks.1.hook_resid_post", [3])
+    assert alone.plan.method.endswith("block by block")
+
+
+def test_encoders_and_images_against_differences():
     for name, ends in {"bert": SOURCE, "vit": "blocks.1.hook_resid_pre"}.items():
         module = build(name, dtype=torch.float64)
         model, x = interp.attach(module), inputs_for(name)[:1]
