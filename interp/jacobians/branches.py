@@ -2,7 +2,7 @@
 
 With n the normalised input of an MLP, p and q its factors and r the norm's divisor,
 J = (K - K n nᵀ/d)/r with K = W_out (diag(p) W_pre' + diag(q) W_up'); gain and centring are folded into the primed
-weights. A norm held drops the second term. Values are [k, pos, d]; ``span`` says which positions they are.
+weights, or into K. A norm held drops the second term. Values are [k, pos, d]; ``span`` says which positions they are.
 """
 
 from functools import cached_property
@@ -90,12 +90,17 @@ class NormAt:
         weight = weight if self.norm.gain is None else weight * self.norm.gain.to(weight)
         return weight - weight.mean(-1, keepdim=True) if self.norm.centred else weight
 
-    def finish(self, core: Tensor, position: int) -> Tensor:
-        """From K of the folded weights to the Jacobian behind the norm, in place: (K - K n nᵀ/d)/r."""
+    def finish(self, core: Tensor, position: int, folded: bool = True) -> Tensor:
+        """From K to the Jacobian behind the norm, in place: (K - K n nᵀ/d)/r, K with gain and centring if not yet."""
         if self.norm is None:
             return core
-        n = self.normalized[position]
-        core.div_(self.scale[position])
+        n, scale = self.normalized[position], self.scale[position]
+        if folded or self.norm.gain is None:
+            core.div_(scale)
+        else:
+            core.mul_(self.norm.gain.to(core) / scale)
+        if self.norm.centred and not folded:
+            core.sub_(core.mean(1, keepdim=True))
         if self.mode == "tangent":
             core.addr_(core @ n, n, alpha=-1.0 / len(n))
         return core
@@ -119,6 +124,7 @@ class GateBranch:
 
     Attributes:
         bf16: Whether the product that makes a matrix rounds its factors to bfloat16.
+        scratch: Room for scaled weights, which branches of one size may share.
 
     Raises:
         SiteUnavailableError: If the MLP has no closed form.
@@ -134,7 +140,7 @@ class GateBranch:
         self.plain = mlp.pre.weight.T, None if mlp.up is None else mlp.up.weight.T
         self.out = self._laid(mlp.down.weight).T
         self._folded: tuple[Tensor, Tensor | None] | None = None
-        self._scratch: Tensor | None = None
+        self.scratch: list[Tensor] = []
         self._rounded: Tensor | None = None
         self.bf16 = False
 
@@ -171,8 +177,8 @@ class GateBranch:
         return self.before.pull(n, span)
 
     def core(self, p: Tensor, q: Tensor | None, rows: Tensor | None, columns: Tensor | None, out=None) -> Tensor:
-        """W_out (diag(p) W_pre' + diag(q) W_up'): one product, of the active neurons where many are off."""
-        pre, up = self.folded
+        """W_out (diag(p) W_pre + diag(q) W_up): one product, of the active neurons where many are off."""
+        pre, up = self.plain
         left = self.out if rows is None else self.out[rows]
         if columns is not None:
             pre, up = pre[:, columns], None if up is None else up[:, columns]
@@ -181,9 +187,9 @@ class GateBranch:
             keep = active.nonzero()[:, 0]
             pre, up, left, p = pre[keep], None if up is None else up[keep], left[:, keep], p[keep]
             q = None if q is None else q[keep]
-        if self._scratch is None or self._scratch.shape != pre.shape or self._scratch.dtype != pre.dtype:
-            self._scratch = torch.empty_like(pre, memory_format=torch.contiguous_format)
-        middle = torch.mul(pre, p[:, None], out=self._scratch)
+        if not self.scratch or self.scratch[0].shape != pre.shape or self.scratch[0].dtype != pre.dtype:
+            self.scratch[:] = [torch.empty_like(pre, memory_format=torch.contiguous_format)]
+        middle = torch.mul(pre, p[:, None], out=self.scratch[0])
         if up is not None and q is not None:
             middle.addcmul_(up, q[:, None])
         if self.bf16:
@@ -244,7 +250,7 @@ class GateBranch:
         cut = late or early
         q = None if self.q is None else self.q[position]
         core = self.core(self.p[position], q, None if late else rows, None if early else columns, None if cut else out)
-        core = self.behind.finish_left(self.before.finish(core, position), position)
+        core = self.behind.finish_left(self.before.finish(core, position, folded=False), position)
         core = core[rows] if late else core
         return core[:, columns] if early else core
 

@@ -1,7 +1,6 @@
 """Chains: the part of a transformer between two sites as steps of known branches, and the engine that runs them.
 
-Only the layers between source and target are used, and of a decoder only the positions from the first source to the last
-target.
+Only the layers between source and target are used, and of a decoder only the positions between them.
 """
 
 import re
@@ -216,6 +215,8 @@ class ChainEngine(Engine):
         self.span = slice(0, ref.length) if self.sees_all else slice(start, stop)
         turns = find_turns(model, ref, layers, self.span)
         self.stages = [(step, [self._branch(step, kind, turns) for kind in step.kinds]) for step in steps]
+        for gate in self.gates[1:]:
+            gate.scratch = self.gates[0].scratch
         d = ref.weights.sizes["d_model"]
         out = ref.weights.sizes["vocab"] if steps and steps[-1].kinds == ("unembed",) else d
         self.shapes = ((d,), (out,))

@@ -234,7 +234,7 @@ def _between(between: Jacobians, readers: _End, writers: _End) -> tuple[list[Ten
     if gates is not None:
         wide = (len(readers.rows) + 2 * len(writers.rows)) * gates.p.shape[-1] * gates.p.element_size()
         if wide <= between.budget:
-            return gates.between(readers.rows, writers.rows, chosen), "closed form of the features"
+            return gates.between(gates.sides(readers.rows, writers.rows), chosen), "closed form of the features"
     found = []
     for map_, (rows, columns) in zip((between[i] for i in range(len(between))), chosen, strict=True):
         if not len(rows) or not len(columns):

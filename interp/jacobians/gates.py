@@ -7,6 +7,7 @@ D J Eᵀ = (E W_out) (diag(p) W_pre' Dᵀ + diag(q) W_up' Dᵀ) - (E c) (D n)ᵀ
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -90,7 +91,7 @@ class Gates:
         average = lambda x: None if x is None else x.mean(0, dtype=torch.float64).to(x.dtype)
         p = average(self.p)
         assert p is not None
-        core = self.branch.core(p, average(self.q), None, None)
+        core = self.branch.before.fold(self.branch.core(p, average(self.q), None, None))
         if self.c is not None and self.n is not None:
             core = core - (self.c.T.double() @ self.n.double() / (self.d * len(self.n))).to(core.dtype)
         core = core * self.factor
@@ -140,21 +141,31 @@ class Gates:
             found = found - 2 * x / self.d + squares / self.d**2
         return found * self.factor**2
 
-    def between(
-        self, readers: Float[Tensor, "reader d"], writers: Float[Tensor, "writer d"],
-        chosen: Sequence[tuple[Tensor, Tensor]],
-    ) -> list[Tensor]:  # fmt: skip
-        """E J Dᵀ of each Jacobian, for the chosen rows of E (readers) and of D (writers), as indices."""
-        out = readers @ self.branch.out
-        pre, up = writers @ self.pre.T, None if self.up is None or self.q is None else writers @ self.up.T
+    def sides(self, readers: Float[Tensor, "reader d"], writers: Float[Tensor, "writer d"]) -> "Sides":
+        """E W_out, D W_pre'ᵀ and D W_up'ᵀ: what rows E and D see of the neurons, whatever the token."""
+        up = None if self.up is None or self.q is None else writers @ self.up.T
+        return Sides(readers, writers, readers @ self.branch.out, writers @ self.pre.T, up)
+
+    def between(self, sides: "Sides", chosen: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """E J Dᵀ of each Jacobian, for the chosen rows of E and of D, as indices."""
         found = []
         for t, (rows, columns) in enumerate(chosen):
-            middle = pre[columns] * self.p[t]
-            if up is not None and self.q is not None:
-                middle.addcmul_(up[columns], self.q[t])
-            made = out[rows] @ middle.T
+            middle = sides.pre[columns] * self.p[t]
+            if sides.up is not None and self.q is not None:
+                middle.addcmul_(sides.up[columns], self.q[t])
+            made = sides.out[rows] @ middle.T
             if self.c is not None and self.n is not None:
-                made.addr_(readers[rows] @ self.c[t], writers[columns] @ self.n[t], alpha=-1.0 / self.d)
+                made.addr_(sides.readers[rows] @ self.c[t], sides.writers[columns] @ self.n[t], alpha=-1.0 / self.d)
             made = made * self.factor
-            found.append(made.addmm_(readers[rows], writers[columns].T) if self.skip else made)
+            found.append(made.addmm_(sides.readers[rows], sides.writers[columns].T) if self.skip else made)
         return found
+
+
+class Sides(NamedTuple):
+    """Rows that read a Jacobian's output and write its input, and what they see of the neurons."""
+
+    readers: Tensor
+    writers: Tensor
+    out: Tensor
+    pre: Tensor
+    up: Tensor | None
