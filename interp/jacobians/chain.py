@@ -19,6 +19,7 @@ from interp.hooks.weights import linear_weight
 from interp.jacobians.branches import NORM_PARTS, Branch, GateBranch, NormAt, mlp_sites
 from interp.jacobians.engine import Engine
 from interp.jacobians.fused import precision_of, sandwich_of
+from interp.jacobians.experts import ExpertBranch, experts_of
 from interp.jacobians.heads import AttentionBranch, attention_sites, cap_slope, find_turns
 from interp.jacobians.kernels.sandwich import sandwich
 from interp.jacobians.places import End, Place
@@ -224,6 +225,8 @@ class ChainEngine(Engine):
         self.method, self._seen = "closed forms", False
 
     def _branch(self, step: Step, kind: str, turns) -> Branch:
+        if kind == "mlp" and experts_of(self.ref.model, step.layer) is not None:
+            return ExpertBranch(self.ref, step.layer, self.held, step.before, step.behind)
         if kind == "mlp":
             return GateBranch(self.ref, step.layer, self.held, step.before, step.behind)
         if kind == "attention":
@@ -305,7 +308,7 @@ class ChainEngine(Engine):
         for gate in self.gates:
             gate.bf16 = True
         if not self.gates:
-            return "precision='bf16': there is no MLP whose matrix is a product"
+            return "precision='bf16': there is no plain MLP between the two"
         gate, t = self.gates[0], self.span.stop - 1
         p, q = gate.p[t], None if gate.q is None else gate.q[t]
         rounded = gate.core(p, q, None, None)
@@ -394,6 +397,7 @@ def _sites(model: Model, steps: list[Step]) -> list[str]:
         for kind in step.kinds:
             if kind == "mlp":
                 found += mlp_sites(model, step.layer)
+                found += [f"blocks.{step.layer}.mlp.hook_out"] if experts_of(model, step.layer) is not None else []
             elif kind == "attention":
                 found += attention_sites(step.layer)
             elif kind == "norm":

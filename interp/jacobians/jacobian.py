@@ -51,12 +51,13 @@ def jacobian(
 ) -> Jacobians | JacobianSummary | StoredJacobians:  # fmt: skip
     """Return the Jacobians J[n, o, i] = d target_o / d source_i between two sites.
 
-    Decoders' MLPs (gated or not), attention with its query-key side, norms, residual sums and unembeddings are
-    differentiated in closed form: a gated MLP as one product K = W_out (diag(p) W_pre + diag(q) W_up) and a rank-one
-    term for its norm, several layers by pushing tangents only at the positions between source and target, or by
-    multiplying the blocks' matrices, whichever is cheaper. Each closed form is compared with autograd on random
-    directions first; where it disagrees, or the network is none of these, autograd runs in chunks. Examples are
-    taken one by one without padding. Nothing dense is computed before it is asked for; ``plan`` says what it costs.
+    MLPs (gated or not, or experts), attention with its query-key side, norms, residual sums and unembeddings are
+    differentiated in closed form, in decoders and encoders: a gated MLP as one product
+    K = W_out (diag(p) W_pre + diag(q) W_up) and a rank-one term for its norm, several layers by pushing tangents only at
+    the positions between source and target, or by multiplying the blocks' matrices, whichever is cheaper. Each closed
+    form is compared with autograd on random directions first. Networks over pictures are replayed from recorded slopes.
+    Where a closed form disagrees, or the network is none of these, autograd runs in chunks. Examples are taken one by
+    one without padding. Nothing dense is computed before it is asked for; ``plan`` says what it costs.
 
     Args:
         model: An attached model.
@@ -71,7 +72,9 @@ def jacobian(
         reduce: Give a summary instead: ``mean``, ``sum`` (over maps), ``norm`` (Frobenius, of each), ``gram`` (inner
             products of all pairs), ``trace``, ``svd:k`` (k singular values of each), or a function of chunks
             [n, out, in]. Means, norms, grams and traces of MLPs never form a Jacobian.
-        linearization: What is held: ``exact`` is the derivative; ``frozen``, ``path`` or another holds parts.
+        linearization: What is held: ``exact`` is the derivative; ``frozen``, ``path`` or another holds parts. Of the
+            norms, the attention or the gates alone: ``Linearization(norm="frozen")``, ``(attention="frozen")``,
+            ``(product="gate")``.
         precision: dtype of weights and sums in closed forms; by default float32, or float64 for float64 models. The
             process-wide flag for tf32 has no say; ``tf32`` allows it, on a GPU. ``bf16``, on a CPU, makes the matrices
             of MLPs from products in bfloat16: about twice as fast where the processor has them, off by 3e-3;

@@ -60,9 +60,8 @@ def test_stream_to_stream_over_blocks(name):
     assert relative(same.dense(), torch.stack([wanted[t, :, t] for t in range(length)])) < CLOSE
     pairs = interp.jacobian(model, ids, *ends, positions=[(2, 5), (0, 6), (3, 3)])
     assert relative(pairs.dense(), torch.stack([wanted[t, :, s] for s, t in ((2, 5), (0, 6), (3, 3))])) < CLOSE
-    closed = name != "mixtral"
-    assert whole.plan.method.startswith("closed" if closed else "autograd")
-    assert same.plan.method.endswith("block by block") or not closed
+    assert whole.plan.method.startswith("closed")
+    assert same.plan.method.endswith("block by block")
 
 
 HELD = ["frozen", "path", interp.Linearization(norm="frozen"), interp.Linearization("gain", product="split")]
@@ -411,6 +410,34 @@ def test_a_wrong_closed_form_is_noticed_named_and_replaced(monkeypatch):
     assert torch.equal(found.dense(), wanted)
 
 
+def test_experts_and_their_router():
+    """Against autograd, with weights that sum to one and with plain shares; the router's part is not small."""
+    module, ids = build("mixtral"), inputs_for("mixtral")[:1]
+    model = interp.attach(module)
+    found = interp.jacobian(model, ids, SOURCE, MLP, "same", method="closed")
+    plain = interp.jacobian(model, ids, SOURCE, MLP, "same", method="autograd")
+    assert relative(found.dense(), plain.dense()) < CLOSE
+    v, w = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found.matvec(v), plain.matvec(v), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.rmatvec(w), plain.rmatvec(w), rtol=1e-4, atol=1e-5)
+    branch = found.engines[0].stages[0][1][0]
+    branch.outputs = torch.zeros_like(branch.outputs)  # the router's part is gone
+    assert relative(found.dense(), plain.dense()) > 1e-2
+
+    def shares(self, hidden):
+        logits = hidden.reshape(-1, self.hidden_dim) @ self.weight.T
+        top = torch.softmax(logits, -1).topk(self.top_k, -1)
+        return logits, top.values, top.indices
+
+    for layer in module.model.layers:
+        layer.mlp.gate.forward = shares.__get__(layer.mlp.gate)
+    options = {"positions": [(2, 5)]}
+    found = interp.jacobian(model, ids, *ENDS, method="closed", **options).dense()
+    assert relative(found, interp.jacobian(model, ids, *ENDS, method="autograd", **options).dense()) < CLOSE
+    held = interp.jacobian(model, ids, SOURCE, MLP, [3], linearization="frozen")
+    assert "under frozen" in held.plan.notes[0]
+
+
 def test_products_in_bfloat16_are_asked_for_reported_and_leave_flags_alone():
     model, ids = interp.attach(build("llama")), inputs_for("llama")[:1]
     flags = torch.get_float32_matmul_precision(), torch.backends.mkldnn.matmul.fp32_precision
@@ -427,6 +454,8 @@ def test_products_in_bfloat16_are_asked_for_reported_and_leave_flags_alone():
     assert flags == (torch.get_float32_matmul_precision(), torch.backends.mkldnn.matmul.fp32_precision)
     moe = interp.attach(build("mixtral"))
     found = interp.jacobian(moe, ids, SOURCE, MLP, [3], precision="bf16")
+    assert "there is no plain MLP" in found.plan.notes[-1]
+    found = interp.jacobian(moe, ids, SOURCE, MLP, [3], precision="bf16", linearization="frozen")
     assert "autograd runs in the model's dtype" in found.plan.notes[-1]
 
 
