@@ -5,6 +5,8 @@ With w the chosen experts' weights, o_e their outputs and R the router's rows, t
 the chosen experts if their weights are made to sum to one, else all. Which are chosen does not move.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -56,7 +58,8 @@ class ExpertBranch:
         own = lambda weight: weight.detach().to(ref.weights.dtype)
         experts, self.router = mlp.experts, own(mlp.gate.weight)  # type: ignore[union-attr, arg-type]
         self.pre, self.up = own(experts.gate_up_proj).chunk(2, dim=1)  # type: ignore[union-attr, arg-type]
-        self.out, self.function = own(experts.down_proj), experts.act_fn  # type: ignore[union-attr, arg-type]
+        self.out = own(experts.down_proj)  # type: ignore[union-attr, arg-type]
+        self.function: Any = experts.act_fn  # type: ignore[union-attr]
         x, wanted = ref.mlp_input(layer), ref.at(f"{self.name}.hook_out")
         count = int(mlp.gate.top_k)  # type: ignore[union-attr, arg-type]
         self._choose(x, count)
@@ -90,7 +93,7 @@ class ExpertBranch:
     def _value(self) -> Tensor:
         return (self.outputs * self.weights[..., None]).sum(1)
 
-    def _each(self, span: slice) -> list[tuple[int, tuple[Tensor, Tensor]]]:
+    def _each(self, span: slice) -> list[tuple[int, tuple[Tensor, ...]]]:
         """Each expert with the positions of a span (from its start) and the places among the chosen that it has."""
         chosen = self.chosen[span]
         return [(int(e), torch.where(chosen == e)) for e in chosen.unique()]

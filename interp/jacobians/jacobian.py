@@ -53,11 +53,11 @@ def jacobian(
 
     MLPs (gated or not, or experts), attention with its query-key side, norms, residual sums and unembeddings are
     differentiated in closed form, in decoders and encoders: a gated MLP as one product
-    K = W_out (diag(p) W_pre + diag(q) W_up) and a rank-one term for its norm, several layers by pushing tangents only at
-    the positions between source and target, or by multiplying the blocks' matrices, whichever is cheaper. Each closed
-    form is compared with autograd on random directions first. Networks over pictures are replayed from recorded slopes.
-    Where a closed form disagrees, or the network is none of these, autograd runs in chunks. Examples are taken one by
-    one without padding. Nothing dense is computed before it is asked for; ``plan`` says what it costs.
+    K = W_out (diag(p) W_pre + diag(q) W_up) and a rank-one term for its norm, several layers by pushing tangents only
+    at the positions between source and target, or by multiplying the blocks' matrices, whichever is cheaper. Each
+    closed form is compared with autograd on random directions first. Networks over pictures are replayed from recorded
+    slopes. Where a closed form disagrees, or the network is none of these, autograd runs in chunks. Examples are taken
+    one by one without padding. Nothing dense is computed before it is asked for; ``plan`` says what it costs.
 
     Args:
         model: An attached model.
