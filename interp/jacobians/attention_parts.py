@@ -10,6 +10,7 @@ from torch import Tensor
 from interp.hooks.errors import ArgumentError
 from interp.hooks.linearization import LinearizationLike
 from interp.hooks.model import Model
+from interp.hooks.table import Rows
 from interp.jacobians.engine import Engine
 from interp.jacobians.heads import AttentionBranch
 from interp.jacobians.jacobian import jacobian
@@ -21,7 +22,7 @@ _PARTS = ("value", "query", "key")
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionParts:
+class AttentionParts(Rows):
     """d hook_attn_out_t / d hook_resid_pre_s of one layer, in parts that add up to it.
 
     Attributes:

@@ -14,6 +14,7 @@ from interp.hooks.examples import each_example
 from interp.hooks.inputs import Batch
 from interp.hooks.model import Model
 from interp.hooks.site import Site, SiteLike
+from interp.hooks.table import Rows
 from interp.jacobians.gates import Gates
 from interp.jacobians.jacobian import jacobian
 from interp.jacobians.places import Place
@@ -22,7 +23,7 @@ from interp.jacobians.results import Jacobians
 
 
 @dataclass(frozen=True, eq=False)
-class FeatureJacobian:
+class FeatureJacobian(Rows):
     """d output latent / d input latent at one token, between the active ones.
 
     Attributes:
@@ -39,9 +40,16 @@ class FeatureJacobian:
     example: int
     position: int
 
+    def to_records(self) -> list[dict[str, Any]]:
+        """One row for each entry that is not zero: the latents and the derivative."""
+        return [
+            {"output": int(self.outputs[o]), "input": int(self.inputs[i]), "value": float(self.matrix[o, i])}
+            for o, i in self.matrix.nonzero().tolist()
+        ]
+
 
 @dataclass(frozen=True, eq=False)
-class FeatureJacobians(Sequence):
+class FeatureJacobians(Rows, Sequence):
     """Feature-to-feature Jacobians, one for each token or position pair.
 
     Attributes:

@@ -11,13 +11,14 @@ from torch import Tensor
 from interp.hooks.errors import ArgumentError
 from interp.hooks.model import Model
 from interp.hooks.site import SiteLike
+from interp.hooks.table import Rows
 from interp.jacobians.jacobian import jacobian
 from interp.jacobians.reductions import JacobianSummary
 from interp.store_files import weights_sha256
 
 
 @dataclass(frozen=True, eq=False)
-class JacobianMean:
+class JacobianMean(Rows):
     """The mean of the Jacobians between two sites over many inputs.
 
     Attributes:

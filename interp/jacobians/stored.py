@@ -13,6 +13,7 @@ from interp.hooks.budget import bytes_of
 from interp.hooks.errors import StoreError
 from interp.hooks.linear_map import LinearMap
 from interp.hooks.linearization import Linearization
+from interp.hooks.table import Rows
 from interp.jacobians.files import Shard, open_shard, read_header
 from interp.jacobians.plan import readable, refuse_large
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from interp.jacobians.reductions import JacobianSummary
 
 
-class StoredJacobians:
+class StoredJacobians(Rows):
     """Jacobians [n, out, in] that `jacobian` wrote to a path.
 
     An index gives one as a `LinearMap`; iteration gives (slice, matrices) in chunks within the budget. The file is

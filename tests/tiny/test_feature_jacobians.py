@@ -95,6 +95,8 @@ def test_saved_and_listed(tmp_path):
     row = again.to_records()[3]
     at = again[3].outputs.tolist().index(row["output"]), again[3].inputs.tolist().index(row["input"])
     assert abs(again[3].matrix[at]) == again[3].matrix.abs().max()
+    largest = max(again[3].to_records(), key=lambda r: abs(r["value"]))
+    assert (largest["output"], largest["input"]) == (row["output"], row["input"])
 
 
 REFUSED = {
