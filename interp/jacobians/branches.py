@@ -224,6 +224,7 @@ class GateBranch:
         if columns is not None:
             pre, up, n = pre[:, columns], None if up is None else up[:, columns], None if n is None else n[:, columns]
         return Sandwich(out, pre, p, up if q is not None else None, q, n, c, skip)
+
     def _as_bf16(self, left: Tensor) -> Tensor:
         if left is not self.out:
             return left.bfloat16()

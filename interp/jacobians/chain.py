@@ -16,18 +16,16 @@ from interp.hooks.linearization import Linearization
 from interp.hooks.model import Model
 from interp.jacobians.branches import NORM_PARTS, Branch, GateBranch, NormAt, mlp_sites
 from interp.jacobians.engine import Engine
-from interp.jacobians.fused import precision_of, sandwich_of
 from interp.jacobians.experts import ExpertBranch, experts_of
-from interp.jacobians.heads import AttentionBranch, attention_sites, cap_slope, find_turns
-from interp.jacobians.kernels.sandwich import sandwich
+from interp.jacobians.fused import precision_of, sandwich_of
 from interp.jacobians.heads import AttentionBranch, attention_sites, find_turns
+from interp.jacobians.kernels.sandwich import sandwich
 from interp.jacobians.places import End, Place
 from interp.jacobians.unembedding import Unembedding
 from interp.propagation.reference import Reference
 
-_COMPOSED, _COMPOSED_TF32 = 1e-3, 1e-2
 # Relative error of a composed matrix against its own pull, by precision.
-_COMPOSED = {"float32": 1e-3, "bf16": 5e-2}
+_COMPOSED = {"float32": 1e-3, "tf32": 1e-2, "bf16": 5e-2}
 _SITE = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
@@ -248,7 +246,6 @@ class ChainEngine(Engine):
         w = torch.randn(1, len(made), generator=generator, dtype=torch.float64).to(made)
         wanted = self.keep(place, 0, columns, self.pull(place, self.spread(place, 1, rows, w)))
         error = float((w @ made - wanted).norm() / wanted.norm().clamp(min=1e-30))
-        limit = _COMPOSED_TF32 if self.tf32 else _COMPOSED
         limit = _COMPOSED.get(self.precision, _COMPOSED["float32"])
         if not error <= limit:
             raise CompletenessError(

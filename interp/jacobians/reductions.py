@@ -10,8 +10,6 @@ from torch import Tensor
 
 from interp.hooks.errors import ArgumentError
 from interp.hooks.table import Rows
-from interp.jacobians.branches import GateBranch
-from interp.jacobians.chain import ChainEngine
 from interp.jacobians.fused import fused_norms
 from interp.jacobians.gates import SUMMARIES, Gates
 from interp.jacobians.plan import refuse_large
