@@ -24,8 +24,9 @@ class FallbackWarning(UserWarning):
     """A closed form that disagreed with autograd, so that autograd was used."""
 
 
-def tolerance(model: Model, precision: str, blocks: int) -> float:
-    """Relative error that rounding explains in a product with a Jacobian over some blocks."""
+def tolerance(model: Model, precision: str = "", blocks: int | None = None) -> float:
+    """Relative error that rounding explains in a product with a Jacobian over some blocks, or all of the model's."""
+    blocks = 2 * model.n_layers if blocks is None else blocks
     own = str(model.dtype).removeprefix("torch.")
     if own == "float64" and model.config is not None:
         own = "float32"  # Hugging Face computes norms and softmax in float32 even in a float64 model.
