@@ -10,6 +10,7 @@ import torch
 import interp
 from interp import store_files
 from interp.hooks.errors import ArgumentError, InputError, NonFiniteError, SiteError, SizeError, StoreError
+from interp.probes import MassMeanProbe, sweep
 from interp.store import ActivationStore
 from interp.store_build import StoreWarning
 from tests.cases import build, build_cnn, build_hand
@@ -297,3 +298,16 @@ def test_the_unembedding_is_not_computed(tmp_path):
     module.lm_head.register_forward_hook(lambda *_: seen.append(1))
     ActivationStore.build(interp.attach(module, check=False), [[5, 6]], "blocks.*.hook_resid_post", tmp_path / "s")
     assert not seen
+
+
+def test_equal_texts_of_a_store_are_kept_together(tmp_path):
+    model = interp.attach(build("llama"))
+    rows = [[5 + i, 6, 7 + i % 3] for i in range(30)] + [[5, 6, 7]] * 5
+    y = [i % 2 for i in range(30)] + [0] * 5
+    store = ActivationStore.build(model, rows, "blocks.1.hook_resid_post", tmp_path / "s", labels=y)
+    found = sweep(store, None, [MassMeanProbe()], pools=["last"], folds=3)
+    assert found.duplicates == 5
+    texts = [" ".join(map(str, row)) for row in rows]
+    expected = sweep(store, None, [MassMeanProbe()], pools=["last"], folds=3, texts=texts)
+    assert [r["value"] for r in found.rows] == [r["value"] for r in expected.rows]
+    assert "5 repeated texts kept together" in str(found)
