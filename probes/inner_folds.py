@@ -48,6 +48,26 @@ def inner_folds(
     return torch.as_tensor(fold[row_of], device=labels.device)
 
 
+def label_folds(labels: Int64[Tensor, "n"], groups: object, folds: int, seed: int) -> Int64[Tensor, "n"]:
+    """The fold of each example where rows cannot be compared: stratified, with groups together.
+
+    Raises:
+        ArgumentError: If a class has fewer examples than folds, or a training part would lack one.
+    """
+    if groups is not None:
+        return _group_folds(labels, groups, folds, seed)
+    counts = torch.bincount(labels)
+    if folds < 2 or int(counts.min()) < folds:
+        raise ArgumentError(f"classes with {counts.tolist()} examples for {folds} folds", "at least 2 folds, and as "
+                            "many examples of each class as folds", "give C as a number, or fewer folds")  # fmt: skip
+    fold, start = torch.empty_like(labels), 0
+    for k, count in enumerate(counts.tolist()):
+        members = torch.as_tensor(np.random.default_rng(seed + k).permutation(count))
+        fold[(labels == k).nonzero().flatten()[members]] = (start + torch.arange(count)) % folds
+        start += count
+    return fold
+
+
 def _group_folds(labels: Tensor, groups: object, folds: int | None, seed: int) -> Tensor:
     y, names = labels.cpu().numpy(), np.asarray(groups)
     if len(names) != len(y):
