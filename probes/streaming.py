@@ -1,8 +1,8 @@
 """Logistic regressions of stores that do not fit in memory: two kinds of pass over the blocks of a site.
 
 The first pass gathers moments: the standardiser of each fold and the preconditioner of the solver. Each further pass is
-one evaluation of objective and gradient of every fold and C at once, for L-BFGS with backtracking. The objective is that
-of `interp.probes.logistic_solver`, of which the recursion and the certificate of convergence are used.
+one evaluation of objective and gradient of every fold and C at once, for L-BFGS with backtracking. The objective, the
+recursion and the certificate of convergence are those of `interp.probes.logistic_solver`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
