@@ -97,7 +97,7 @@ def right(report):
 probes = {
     "LP": LogisticProbe(),
     "fixed moments": make_pipeline(MomentFeatures(16), LogisticProbe()),
-    "MP": MomentProbe(epochs=10),
+    "MP": MomentProbe(epochs=20, lr=3e-3),
 }
 table = []
 for name, store in (("movies, SmolLM2", said), ("movies, MiniLM", read), ("digits, Lite0", seen)):
@@ -117,8 +117,8 @@ print(interp.Table(table, "Held out: 3 folds, 3 seeds, 300 examples each"))
 assert all(row["on shuffled labels"] < float(row["balanced accuracy"].split()[0]) - 0.05 for row in table)
 gains = {(row["data"], row["probe"]): row["gain on LP"] for row in table}
 best = {row["data"]: float(row["balanced accuracy"].split()[0]) for row in table if row["probe"] == "LP"}
-facts["MP gains on LP everywhere: +1.1 points on ImageNet, +9 on fine-grained birds (Gao et al., with augmentation)."] = (
-    "; ".join(f"{d}: LP {best[d]:.3f}, fixed moments {gains[d, 'fixed moments']}, MP {gains[d, 'MP']}" for d in best)
+facts["MP gains on LP: +1.1 points on ImageNet, +9 on fine-grained birds (Gao et al., with augmentation)."] = "; ".join(
+    f"{d}: LP {best[d]:.3f}, fixed moments {gains[d, 'fixed moments']}, MP {gains[d, 'MP']}" for d in best
 )
 parameters = MomentProbe(epochs=1).fit(TokenSets(*seen.tokens("features.10")), seen.labels).parameters_
 facts["MP trains 3.65 M parameters at d = 768 and 1000 classes (Gao et al., table 1)."] = (
@@ -180,9 +180,9 @@ print(interp.Table(rows, f"Polarity, SmolLM2, block 15; the first token's norm i
 assert first > 50
 assert rows[0]["without it"] > rows[0]["with the first token"] + 0.1
 facts["A few massive activations stand at the first token (Sun et al., COLM 2024)."] = (
-    f"Its norm is {first:.0f} times the median; the norm of a text's mean token correlates {length:.2f} with 1 / length. "
-    f"Mass-mean {rows[0]['with the first token']:.2f} with it and {rows[0]['without it']:.2f} without; logistic "
-    f"{rows[1]['with the first token']:.2f} and {rows[1]['without it']:.2f}, which hides it."
+    f"Its norm is {first:.0f} times the median; the norm of a text's mean token correlates {length:.2f} with "
+    f"1 / length. Mass-mean {rows[0]['with the first token']:.2f} with it and {rows[0]['without it']:.2f} without; "
+    f"logistic {rows[1]['with the first token']:.2f} and {rows[1]['without it']:.2f}, which hides it."
 )
 
 # %% [markdown]
@@ -206,9 +206,10 @@ assert chosen["value"] > chosen["control"] + 0.1
 assert tested.p_max.min() == 0.01
 
 code = {s: online_codelength(LogisticProbe(), read.pooled(s), read.labels, orders=2) for s in (layers[0], layers[-1])}
-facts["Code length separates what accuracy does not (Voita and Titov, EMNLP 2020)."] = "; ".join(
-    f"{s.split('.')[1]}: compression {c.compression:.2f}" for s, c in code.items()
-) + " (MiniLM, first and last block)."
+facts["Code length separates what accuracy does not (Voita and Titov, EMNLP 2020)."] = (
+    "; ".join(f"{s.split('.')[1]}: compression {c.compression:.2f}" for s, c in code.items())
+    + " (MiniLM, first and last block)."
+)
 
 # %% [markdown]
 # ## 6. Is 90 % sure right nine times of ten?
@@ -220,9 +221,10 @@ facts["Code length separates what accuracy does not (Voita and Titov, EMNLP 2020
 report = evaluate(LogisticProbe(C=1.0), read.pooled(layers[-1]), read.labels, controls=0)
 p, truth, half = report.probabilities[0], report.y, np.arange(len(report.y)) % 2 == 0
 temperature = fit_temperature(truth[half], p[half])
-before, after = calibration(truth[~half], p[~half]).ece, calibration(
-    truth[~half], apply_temperature(p[~half], temperature)
-).ece
+before, after = (
+    calibration(truth[~half], p[~half]).ece,
+    calibration(truth[~half], apply_temperature(p[~half], temperature)).ece,
+)
 print(report.calibration.table())
 print(f"C = 1 is overconfident: temperature {temperature:.2f}, ECE {before:.3f} before and {after:.3f} after")
 assert temperature > 1
@@ -277,16 +279,20 @@ for name, y in concepts.items():
     uses[name] = probe_use(decoder, prompts[:24], erase, she, x)
     rows.append({
         "concept": name, "decoded": str(report.intervals["balanced_accuracy"]),
-        "on shuffled labels": report.selectivity.control, "erased: |change|": uses[name].to_records()[0]["mean |change|"],
+        "on shuffled labels": report.selectivity.control,
+        "erased: |change|": uses[name].to_records()[0]["mean |change|"],
         "equal variance: |change|": uses[name].to_records()[2]["mean |change|"], "use": str(uses[name].score),
         "p": uses[name].p, "verdict": uses[name].verdict,
     })  # fmt: skip
 print(interp.Table(rows, f"she - he at the last token; erased at {site}"))
 assert uses["gender"].verdict == "decodable and used"
 assert uses["one token"].verdict == "decodable, use not shown"
-facts["What a probe decodes need not be used by the model (Elazar et al., amnesic probing, TACL 2021)."] = "; ".join(
-    f"{row['concept']}: decoded {row['decoded'].split()[0]}, use {row['use']}, p {row['p']:.2f}" for row in rows
-) + ". The second is decodable and not used here."
+facts["What a probe decodes need not be used by the model (Elazar et al., amnesic probing, TACL 2021)."] = (
+    "; ".join(
+        f"{row['concept']}: decoded {row['decoded'].split()[0]}, use {row['use']}, p {row['p']:.2f}" for row in rows
+    )
+    + ". The second is decodable and not used here."
+)
 
 # %% [markdown]
 # The probe's direction is an observable like any other: `direct_attribution` says which heads and MLPs write it, and

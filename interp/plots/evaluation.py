@@ -106,5 +106,5 @@ def permutation_chart(test: Any, *, title: str = "") -> Any:
     line = base.mark_line(point=True, color=POSITIVE).encode(x=x, y=y, tooltip=tips)
     null = base.mark_line(strokeDash=[4, 3], color=NEGATIVE).encode(x=x, y=alt.Y("null:Q", title=None))
     rule = alt.Chart(sets.add("best", [{"value": best}])).mark_rule(color=MUTED).encode(y=y)
-    note = f"95 % of {len(test.null)} shuffles end below the dashed line at a site, below the grey one at their best site."
+    note = f"95 % of {len(test.null)} shuffles end below the dashed line at a site, below the grey one at their best."
     return finish(alt.layer(line, null, rule).properties(width=640, height=280), sets, title=title, note=note)
