@@ -6,6 +6,7 @@ float64). Memory is that of one site's moments and one block, whatever the numbe
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -113,20 +114,20 @@ def readers(
         ArgumentError: If a site is not known, or there is not one label for each example.
         SizeError: If not even one site's moments fit.
     """
-    stored = isinstance(data, ActivationStore)
-    known = (data.token_sites if pool == "tokens" else data.sites) if stored else list(map(str, data))
+    store = data if isinstance(data, ActivationStore) else None
+    by_name = {str(site): value for site, value in data.items()} if not isinstance(data, ActivationStore) else {}
+    known = list(by_name) if store is None else store.token_sites if pool == "tokens" else store.sites
     wanted = known if sites is None else list(map(str, sites))
     if not wanted or set(wanted) - set(known):
         raise ArgumentError(f"sites {sorted(set(wanted) - set(known))[:5]}", f"some of {known[:5]}, ...")
-    by_name = {} if stored else {str(site): value for site, value in data.items()}
     for site in wanted:
-        check_lengths(len(data) if stored else len(by_name[site]), y=range(n))
-        width = data.manifest["widths"][site] if stored else by_name[site].shape[1]
+        check_lengths(len(by_name[site]) if store is None else len(store), y=range(n))
+        width = by_name[site].shape[1] if store is None else store.manifest["widths"][site]
         rows = _rows_within(width, columns, bytes_of(budget))
-        if stored:
-            yield site, width, lambda site=site, rows=rows: data.blocks(site, pool, rows)
+        if store is None:
+            yield site, width, partial(_parts, by_name[site], rows)
         else:
-            yield site, width, lambda site=site, rows=rows: _parts(by_name[site], rows)
+            yield site, width, partial(store.blocks, site, pool, rows)
 
 
 def _rows_within(width: int, columns: int, budget: int) -> int:

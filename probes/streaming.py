@@ -19,6 +19,7 @@ from interp.probes.inner_folds import label_folds
 from interp.probes.linear import C_GRID, LogisticProbe
 from interp.probes.logistic_solver import ENOUGH, MEMORY, Columns, LogisticSolution, held_out_losses
 from interp.probes.site_moments import Block, Source, readers
+from interp.probes.tokens import Pool
 
 _ARMIJO = 1e-4
 _SHORTEST = 1e-10
@@ -26,7 +27,7 @@ Blocks = Callable[[], Iterator[Block]]
 
 
 def stream_probes(
-    data: Source, y: Any, *, sites: Sequence[str] | None = None, pool: str = "mean",
+    data: Source, y: Any, *, sites: Sequence[str] | None = None, pool: Pool = "mean",
     C: float | int | Literal["cv"] = "cv", grid: Sequence[float] = C_GRID, groups: Any = None, folds: int = 5,
     budget: int | str = "1GiB", tol: float = 1e-7, max_iter: int = 500, seed: int = 0,
 ) -> dict[str, LogisticProbe]:  # fmt: skip
@@ -70,7 +71,7 @@ def stream_probes(
     fold = None if number else label_folds(labels, groups, folds, seed)
     found = {}
     columns = (1 if number else folds * len(grid)) * (len(names) if len(names) > 2 else 1)
-    for site, width, blocks in readers(data, len(labels), sites, pool, budget, columns):
+    for site, width, blocks in readers(data, len(labels), sites, str(pool), budget, columns):
         probe = LogisticProbe(C, pool=pool, grid=tuple(grid), folds=folds, random_state=seed, tol=tol)
         probe.classes_, probe.n_features_in_, probe.skip_first_ = names, width, False
         if fold is not None:

@@ -205,7 +205,8 @@ print(f"LP: nested {chosen['value']:.3f} on control labels {chosen['control']:.3
 assert chosen["value"] > chosen["control"] + 0.1
 assert tested.p_max.min() == 0.01
 
-code = {s: online_codelength(LogisticProbe(grid=grid), read.pooled(s), read.labels, orders=2) for s in (layers[0], layers[-1])}
+ends = (layers[0], layers[-1])
+code = {s: online_codelength(LogisticProbe(grid=grid), read.pooled(s), read.labels, orders=2) for s in ends}
 facts["Code length separates what accuracy does not (Voita and Titov, EMNLP 2020)."] = (
     "; ".join(f"{s.split('.')[1]}: compression {c.compression:.2f}" for s, c in code.items())
     + " (MiniLM, first and last block)."
