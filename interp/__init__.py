@@ -30,7 +30,7 @@ _HOME = {
     "interp.attribution_contrast": ["contrast_attribution"],
     "interp.attribution_data": ["AttributionSummary", "attribute_dataset"],
     "interp.data_free": ["HeadNorms", "head_norms"],
-    "interp.datasets": ["LabelledTexts", "labelled_texts"],
+    "interp.datasets": ["LabelledImages", "LabelledTexts", "labelled_images", "labelled_texts"],
     "interp.dictionaries": ["Dictionary"],
     "interp.jacobian_lens": ["JacobianLens"],
     "interp.jacobians.attention_parts": ["AttentionParts", "attention_parts"],
@@ -78,7 +78,7 @@ if TYPE_CHECKING:
     from interp.attribution_contrast import contrast_attribution
     from interp.attribution_data import AttributionSummary, attribute_dataset
     from interp.data_free import HeadNorms, head_norms
-    from interp.datasets import LabelledTexts, labelled_texts
+    from interp.datasets import LabelledImages, LabelledTexts, labelled_images, labelled_texts
     from interp.dictionaries import Dictionary
     from interp.hooks.activations import Activations
     from interp.hooks.attach import attach, load
@@ -157,16 +157,16 @@ __all__ = [
     "AverageGradient", "Boundary", "Cost", "CouplingFit", "Couplings", "Dictionary", "DoseResponse", "Erase",
     "FallbackWarning", "FeatureJacobian", "FeatureJacobians", "FeatureVector", "Function", "HeadNorms",
     "InterpError", "Intervention", "JacobianLens", "JacobianMap", "JacobianMean", "JacobianSummary", "Jacobians",
-    "LabelledTexts", "Layout", "LinearMap", "LinearRelation", "LinearScope", "Linearization", "LogitLens",
-    "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable", "ObservableComparison", "ObservableSet",
-    "Patch", "PatchGrid", "Path", "PathSearch", "Plan", "ProjectOut", "Reference", "RelationScore", "RowSweep",
-    "Run", "Scale", "SequenceObservable", "Set", "Site", "Step", "StoredJacobians", "Table", "Totals", "Unit",
-    "Votes", "Zero", "attach", "attention_parts", "attention_score", "attribute_dataset", "attribution_patching",
-    "chart", "compare_observables", "contrast_attribution", "cosine", "cost", "coupling", "coupling_range",
-    "couplings", "direct_attribution", "dose_response", "edge_attribution", "feature_jacobians", "find_paths",
-    "head_norms", "jacobian", "labelled_texts", "load", "load_plan", "logit_lens", "low_data_comparison",
-    "mean_jacobian", "orthogonalize", "pairwise", "patch_grid", "path_patch", "pattern_effects", "propagate",
-    "propagate_all", "register_unit", "row_sweep", "save_plan", "validate_coupling",
+    "LabelledImages", "LabelledTexts", "Layout", "LinearMap", "LinearRelation", "LinearScope", "Linearization",
+    "LogitLens", "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable", "ObservableComparison",
+    "ObservableSet", "Patch", "PatchGrid", "Path", "PathSearch", "Plan", "ProjectOut", "Reference", "RelationScore",
+    "RowSweep", "Run", "Scale", "SequenceObservable", "Set", "Site", "Step", "StoredJacobians", "Table", "Totals",
+    "Unit", "Votes", "Zero", "attach", "attention_parts", "attention_score", "attribute_dataset",
+    "attribution_patching", "chart", "compare_observables", "contrast_attribution", "cosine", "cost", "coupling",
+    "coupling_range", "couplings", "direct_attribution", "dose_response", "edge_attribution", "feature_jacobians",
+    "find_paths", "head_norms", "jacobian", "labelled_images", "labelled_texts", "load", "load_plan", "logit_lens",
+    "low_data_comparison", "mean_jacobian", "orthogonalize", "pairwise", "patch_grid", "path_patch",
+    "pattern_effects", "propagate", "propagate_all", "register_unit", "row_sweep", "save_plan", "validate_coupling",
 ]  # fmt: skip
 
 

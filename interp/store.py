@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -238,17 +238,53 @@ class ActivationStore:
         offsets = torch.tensor([0, *(len(p) for p in ordered)]).cumsum(0)
         return Tokens(torch.cat(ordered), offsets)
 
-    def _read(self, key: str) -> list[Tensor]:
+    def blocks(
+        self, site: SiteLike, pool: str = "mean", rows: int = 4096
+    ) -> Iterator[tuple[Int64[Tensor, "m"], Float[Tensor, "m d"]]]:
+        """Vectors of a site a few rows at a time, in the order on disk, each with the number of its example.
+
+        Nothing else is held in memory: what does not fit as a whole can be read as often as is needed.
+
+        Args:
+            site: Which site.
+            pool: A pooling, or ``tokens``.
+            rows: Most rows at a time.
+
+        Raises:
+            StoreError: If the site or the pooling is not in the store.
+        """
+        if rows < 1 or str(site) not in (self.token_sites if pool == "tokens" else self.sites) or (
+            pool != "tokens" and pool not in self.pools
+        ):  # fmt: skip
+            raise StoreError(f"{pool} of {site}, {rows} rows at a time", f"at least one, of {self.pools} or tokens of "
+                             f"sites in {self.sites[:5]}, {self.token_sites[:5]}")  # fmt: skip
+        order = torch.argsort(self._index()["place"])
+        start = 0
+        for number in sorted(self._chunks):
+            with self._opened(number) as chunk:
+                values = chunk.get_slice(f"{site}|{pool}")
+                count = len(chunk.get_tensor(f"{site}|counts")) if pool == "tokens" else values.get_shape()[0]
+                owner = order[start : start + count]
+                if pool == "tokens":
+                    owner = owner.repeat_interleave(chunk.get_tensor(f"{site}|counts").long())
+                for at in range(0, len(owner), rows):
+                    yield owner[at : at + rows], values[at : at + rows].float()
+                start += count
+
+    def _opened(self, number: int) -> Any:
         from safetensors import SafetensorError, safe_open
 
+        file = self.path / self._chunks[number]["file"]
+        try:
+            return safe_open(str(file), "pt")
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"{file} cannot be read ({error})", "an undamaged chunk", "build again") from error
+
+    def _read(self, key: str) -> list[Tensor]:
         found = []
         for number in sorted(self._chunks):
-            file = self.path / self._chunks[number]["file"]
-            try:
-                with safe_open(str(file), "pt") as chunk:
-                    value = chunk.get_tensor(key)
-            except (OSError, SafetensorError) as error:
-                raise StoreError(f"{file} cannot be read ({error})", "an undamaged chunk", "build again") from error
+            with self._opened(number) as chunk:
+                value = chunk.get_tensor(key)
             found.append(value.float() if value.is_floating_point() else value)
         return found
 

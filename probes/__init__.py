@@ -23,7 +23,9 @@ _HOME = {
     "interp.probes.neighbours": ["KNNProbe"],
     "interp.probes.saving": ["load_probe", "save_probe"],
     "interp.probes.scores": ["Calibration", "apply_temperature", "calibration", "fit_temperature", "score_table"],
+    "interp.probes.site_moments": ["ClosedForms", "closed_forms"],
     "interp.probes.splits": ["Grouping", "duplicate_groups", "outer_folds"],
+    "interp.probes.streaming": ["stream_probes"],
     "interp.probes.sweeps": ["ProbeSweep", "sweep"],
     "interp.probes.tokens": ["FirstTokenWarning", "TokenSets"],
     "interp.probes.use": ["ProbeUse", "erase_layers", "probe_use"],
@@ -50,20 +52,22 @@ if TYPE_CHECKING:
     from interp.probes.neighbours import KNNProbe
     from interp.probes.saving import load_probe, save_probe
     from interp.probes.scores import Calibration, apply_temperature, calibration, fit_temperature, score_table
+    from interp.probes.site_moments import ClosedForms, closed_forms
     from interp.probes.splits import Grouping, duplicate_groups, outer_folds
+    from interp.probes.streaming import stream_probes
     from interp.probes.sweeps import ProbeSweep, sweep
     from interp.probes.tokens import FirstTokenWarning, TokenSets
     from interp.probes.use import ProbeUse, erase_layers, probe_use
 
 __all__ = [
-    "AttentionProbe", "BilinearProbe", "BranchPoint", "CCSProbe", "Calibration", "Codelength", "Evaluation",
-    "FirstTokenWarning", "Grouping", "Interval", "KNNProbe", "LDAProbe", "LeaceEraser", "LeaceFitter",
+    "AttentionProbe", "BilinearProbe", "BranchPoint", "CCSProbe", "Calibration", "ClosedForms", "Codelength",
+    "Evaluation", "FirstTokenWarning", "Grouping", "Interval", "KNNProbe", "LDAProbe", "LeaceEraser", "LeaceFitter",
     "LearningCurve", "LogisticProbe", "MLPProbe", "MassMeanProbe", "MomentFeatures", "MomentHead", "MomentProbe",
     "PSRPAdapter", "PermutationTest", "ProbeSweep", "ProbeUse", "RidgeProbe", "Selectivity", "TokenSets",
-    "TransferMatrix", "ablate_direction", "apply_temperature", "bootstrap_ci", "calibration", "control_task",
-    "duplicate_groups", "erase_layers", "evaluate", "fit_sites", "fit_temperature", "learning_curve", "load_probe",
-    "mcnemar", "online_codelength", "outer_folds", "permutation_test", "probe_use", "save_probe", "score_table",
-    "selectivity", "sweep", "train_adapter", "transfer_matrix", "wilson",
+    "TransferMatrix", "ablate_direction", "apply_temperature", "bootstrap_ci", "calibration", "closed_forms",
+    "control_task", "duplicate_groups", "erase_layers", "evaluate", "fit_sites", "fit_temperature", "learning_curve",
+    "load_probe", "mcnemar", "online_codelength", "outer_folds", "permutation_test", "probe_use", "save_probe",
+    "score_table", "selectivity", "stream_probes", "sweep", "train_adapter", "transfer_matrix", "wilson",
 ]  # fmt: skip
 
 

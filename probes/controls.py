@@ -56,7 +56,8 @@ def shuffled(y: np.ndarray, groups: Any, folds: list[Split], seed: int) -> np.nd
 
     A fold that has more of a class has less of it in its training part: labels that were shuffled across folds would be
     guessed worse than chance, and a probe that knows nothing would look better than its control. Where each group has
-    one label, groups trade labels as wholes; where they are mixed, labels move within a group.
+    one label, groups trade labels as wholes. Where they are mixed, the labels of all groups of a fold are dealt out
+    anew, group after group in random orders: labels that stood in one group stay together, at other groups' examples.
     """
     generator = np.random.default_rng(seed)
     tested = np.zeros((len(y), len(folds)), dtype=bool)
@@ -68,7 +69,15 @@ def shuffled(y: np.ndarray, groups: Any, folds: list[Split], seed: int) -> np.nd
     _, first = np.unique(names, return_index=True)
     if (y[first][names] == y).all():
         return _within(fold[first], y[first], generator)[names]
-    return _within(names, y, generator)
+    place, source = (_group_order(fold, names, generator) for _ in range(2))
+    found = np.empty_like(y)
+    found[place] = y[source]
+    return found
+
+
+def _group_order(fold: np.ndarray, names: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Examples fold by fold, group by group, both groups and examples within them in random order."""
+    return np.lexsort((generator.random(len(names)), generator.permutation(names.max() + 1)[names], fold))
 
 
 def _within(strata: np.ndarray, values: np.ndarray, generator: np.random.Generator) -> np.ndarray:

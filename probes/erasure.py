@@ -4,7 +4,7 @@ Source: Belrose et al., "LEACE: Perfect Linear Concept Erasure in Closed Form", 
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,24 @@ RESIDUAL = 1e-6
 _CONSTANT = 1e-12  # of its mean: a deviation below it is rounding
 _SMALLEST = 1e-8  # of a singular value, in units of its sampling noise 1/sqrt(n): what remains below it is checked
 Method = Literal["leace", "orth"]
+
+
+class LabelledMoments(NamedTuple):
+    """First and second moments of activations and of their labels, one-hot.
+
+    Attributes:
+        n: Number of activations.
+        mean: [d].
+        covariance: [d, d], divided by n.
+        cross: [d, classes], covariance with the one-hot labels.
+        share: [classes], share of each class.
+    """
+
+    n: int
+    mean: Float[Tensor, "d"]
+    covariance: Float[Tensor, "d d"]
+    cross: Float[Tensor, "d classes"]
+    share: Float[Tensor, "classes"]
 
 
 class LeaceFitter:
@@ -71,6 +89,21 @@ class LeaceFitter:
         self.n = total
         return self
 
+    def moments(self) -> LabelledMoments:
+        """What has been seen so far.
+
+        Raises:
+            ArgumentError: If nothing has been seen, or a class has not.
+        """
+        if self._joint is None or self._mean is None:
+            raise ArgumentError("moments of no activations", "update with at least one batch")
+        d = len(self._mean) - len(self.classes)
+        share = self._mean[d:]
+        if bool((share <= 0).any()):
+            raise ArgumentError(f"no example of {self.classes[int(share.argmin())]!r}", "examples of every class")
+        joint = self._joint[:d] / self.n
+        return LabelledMoments(self.n, self._mean[:d], joint[:, :d], joint[:, d:], share)
+
     def eraser(self, method: Method = "leace", shrinkage: float | int | Literal["oas"] = "oas") -> "LeaceEraser":
         """The eraser of what has been seen; see `LeaceEraser.fit`.
 
@@ -78,23 +111,14 @@ class LeaceFitter:
             ArgumentError: If nothing has been seen, a class has not, or a choice is not legal.
             ErasureError: If class means still differ.
         """
-        if self._joint is None or self._mean is None:
-            raise ArgumentError("an eraser of no activations", "update with at least one batch")
-        k = len(self.classes)
-        d = len(self._mean) - k
-        share = self._mean[d:]
-        if bool((share <= 0).any()):
-            raise ArgumentError(f"no example of {self.classes[int(share.argmin())]!r}", "examples of every class")
-        inner, cross = self._joint[:d, :d] / self.n, self._joint[:d, d:] / self.n
+        n, mean, inner, cross, share = self.moments()
         deviation = inner.diagonal().clamp(min=0).sqrt()
-        live = deviation > _CONSTANT * self._mean[:d].abs()
+        live = deviation > _CONSTANT * mean.abs()
         scale = torch.where(live, deviation, 1.0)
-        left, right = _factors(inner * torch.outer(live, live), cross[:, 1:], scale, self.n, method, shrinkage)
+        left, right = _factors(inner * torch.outer(live, live), cross[:, 1:], scale, n, method, shrinkage)
         removed = float(((left.T @ left) * (right @ inner @ right.T)).sum())
         gap = _check_gap(cross / share, left, right, scale)
-        return LeaceEraser(
-            left, right, self._mean[:d].clone(), self.classes, self.n, gap, removed, float(inner.trace())
-        )
+        return LeaceEraser(left, right, mean.clone(), self.classes, n, gap, removed, float(inner.trace()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +238,7 @@ def _factors(inner: Tensor, cross: Tensor, scale: Tensor, n: int, method: Any, s
         basis = basis[:, sizes > torch.finfo(cross.dtype).eps * sizes.max()]
         return basis, basis.T.clone()
     correlations = inner / torch.outer(scale, scale)
-    amount = _oas(correlations, n) if shrinkage == "oas" else float(shrinkage)
+    amount = oas(correlations, n) if shrinkage == "oas" else float(shrinkage)
     target = torch.eye(len(inner), dtype=inner.dtype, device=inner.device) * correlations.trace() / len(inner)
     values, vectors = torch.linalg.eigh((1 - amount) * correlations + amount * target)
     kept = values > torch.finfo(values.dtype).eps * len(values) * values[-1].clamp(min=1e-300)
@@ -227,7 +251,7 @@ def _factors(inner: Tensor, cross: Tensor, scale: Tensor, n: int, method: Any, s
     return left, right
 
 
-def _oas(s: Tensor, n: int) -> float:
+def oas(s: Float[Tensor, "d d"], n: int) -> float:
     """Oracle approximating shrinkage: Chen, Wiesel, Eldar, Hero, IEEE Trans. Signal Processing 58 (2010), eq. 23."""
     d, trace, square = len(s), float(s.trace()), float((s**2).sum())
     below = (n + 1 - 2 / d) * (square - trace**2 / d)

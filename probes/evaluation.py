@@ -74,6 +74,7 @@ class Evaluation(Rows):
         """The rows as a table."""
         unit = "examples" if self.groups is None else f"examples in {self.groups:,} groups"
         notes = [f"{len(self.y):,} {unit}", f"{len(self.classes)} classes", f"{len(self.probabilities)} seeds"]
+        notes += [f"ece in {self.calibration.bins} bins of equal mass"]
         notes += [f"{self.duplicates} repeated texts kept together"] if self.duplicates else []
         notes += [f"only {self.converged:.0%} of the fits converged"] if self.converged < 1 else []
         notes += ["no control was run"] if self.selectivity is None else []

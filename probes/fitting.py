@@ -56,18 +56,29 @@ def fit(probe: Any, X: Any, y: Int64[np.ndarray, "n"], groups: Any = None, seed:
     from sklearn.base import clone
 
     made: Any = clone(probe)
-    if seed is not None and "random_state" in made.get_params(deep=False):
-        made.set_params(random_state=seed)
-    takes = "groups" in inspect.signature(made.fit).parameters or type(made).__name__.endswith("SearchCV")
+    if seed is not None:
+        seeds = [name for name in made.get_params() if name.rpartition("__")[2] == "random_state"]
+        made.set_params(**dict.fromkeys(seeds, seed))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        made.fit(X, y, **({"groups": groups} if takes and groups is not None else {}))
+        made.fit(X, y, **_group_arguments(made, groups))
     failed = [w for w in caught if issubclass(w.category, ConvergenceWarning)]
     for other in (w for w in caught if w not in failed):
         warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
     if not hasattr(made, "converged_"):
         made.converged_ = not failed
     return made
+
+
+def _group_arguments(made: Any, groups: Any) -> dict[str, Any]:
+    """Groups as ``fit`` takes them: by name, by the name of a pipeline's last step, or not at all."""
+    if groups is None:
+        return {}
+    if hasattr(made, "steps"):
+        name, last = made.steps[-1]
+        return {f"{name}__{key}": value for key, value in _group_arguments(last, groups).items()}
+    takes = "groups" in inspect.signature(made.fit).parameters or type(made).__name__.endswith("SearchCV")
+    return {"groups": groups} if takes else {}
 
 
 def probabilities(probe: Any, X: Any, classes: int) -> Float[np.ndarray, "n classes"]:

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from interp.hooks.errors import ArgumentError
 from interp.observables import Observable
-from interp.probes.estimator import ConvergenceWarning, SkipFirst, VectorProbe, as_array, balanced, check_is_fitted
+from interp.probes.estimator import (
+    ConvergenceWarning,
+    SkipFirst,
+    VectorProbe,
+    as_array,
+    balanced,
+    check_is_fitted,
+    check_lengths,
+)
 from interp.probes.inner_folds import inner_folds
 from interp.probes.logistic_solver import fit_sites, moments_of
 from interp.probes.tokens import Pool
@@ -171,7 +179,8 @@ class RidgeProbe(LinearProbe):
     """Least squares on one-hot targets of ±1 with an l2 penalty, in closed form; alpha by exact leave-one-out.
 
     All penalties share one eigendecomposition. With residual r and leverage h of an example, leaving it out gives
-    r / (1 - h). A weight counts as that many copies, of which one is left out. Logits are scores, not log-odds.
+    r / (1 - h); with groups, whole groups are left out: (I - H)^-1 r, H the hat matrix's block of the group. A weight
+    counts as that many copies, of which one (of a group: all) is left out. Logits are scores, not log-odds.
 
     Args:
         alpha: Penalty, or ``loo`` to choose it from ``grid``.
@@ -196,7 +205,7 @@ class RidgeProbe(LinearProbe):
     ):  # fmt: skip
         self.alpha, self.pool, self.standardize, self.skip_first, self.grid = alpha, pool, standardize, skip_first, grid
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None, mask: Any = None) -> "RidgeProbe":
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, mask: Any = None, groups: Any = None) -> "RidgeProbe":
         """Fit as `LogisticProbe.fit` does.
 
         Raises:
@@ -206,6 +215,8 @@ class RidgeProbe(LinearProbe):
         if not number and self.alpha != "loo":
             raise ArgumentError(f"alpha={self.alpha!r}", "a positive number or 'loo'")
         vectors, labels, weights = self._fit_inputs(X, y, mask, sample_weight)
+        groups = _kept(groups, sample_weight, len(vectors))
+        members = None if groups is None else _group_rows(groups, len(vectors))
         mean, std = moments_of(vectors, weights)
         std = std if self.standardize else torch.ones_like(std)
         z, targets = (vectors - mean) / std, 2.0 * torch.nn.functional.one_hot(labels).double() - 1
@@ -215,7 +226,7 @@ class RidgeProbe(LinearProbe):
         left, sizes, right = torch.linalg.svd(root * z, full_matrices=False)
         along = left.T @ (root * (targets - centre))
         candidates = [float(self.alpha)] if number else list(self.grid)
-        errors = [self._left_out(a, left, sizes, along, targets - centre, root) for a in candidates]
+        errors = [self._left_out(a, left, sizes, along, targets - centre, root, members) for a in candidates]
         self.loo_error_ = np.array(errors)
         self.alpha_ = candidates[int(np.argmin(errors))]
         coef = right.T @ ((sizes / (sizes**2 + self.alpha_))[:, None] * along)
@@ -223,11 +234,21 @@ class RidgeProbe(LinearProbe):
         return self
 
     @staticmethod
-    def _left_out(alpha: float, left: Tensor, sizes: Tensor, along: Tensor, targets: Tensor, root: Tensor) -> float:
+    def _left_out(
+        alpha: float, left: Tensor, sizes: Tensor, along: Tensor, targets: Tensor, root: Tensor, members: Any
+    ) -> float:
         shrink = sizes**2 / (sizes**2 + alpha)
         fitted = (left @ (shrink[:, None] * along)) / root
-        leverage = (left**2 @ shrink) / root[:, 0] ** 2 + 1 / (root**2).sum()
-        error = (targets - fitted) / (1 - leverage).clamp(min=1e-12)[:, None]
+        if members is None:
+            leverage = (left**2 @ shrink) / root[:, 0] ** 2 + 1 / (root**2).sum()
+            error = (targets - fitted) / (1 - leverage).clamp(min=1e-12)[:, None]
+        else:
+            error = torch.empty_like(targets)
+            for rows in members:
+                part, weight = left[rows], root[rows]
+                hat = (part * shrink) @ part.T + weight @ weight.T / (root**2).sum()
+                rest = torch.eye(len(rows), dtype=hat.dtype, device=hat.device) - hat
+                error[rows] = torch.linalg.solve(rest, weight * (targets - fitted)[rows]) / weight
         return float((root**2 * error**2).mean(1).sum() / (root**2).sum())
 
 
@@ -321,6 +342,19 @@ def _variance_in_span(residuals: Tensor, means: Tensor, weights: Tensor) -> Tens
     basis = basis[:, sizes > 1e-12 * sizes[0].clamp(min=1e-300)]
     variance = (weights @ (residuals @ basis) ** 2).mean() / weights.sum()
     return variance if bool(variance > 0) else torch.ones_like(variance)
+
+
+def _group_rows(groups: Any, n: int) -> list[Tensor]:
+    """Rows of each group.
+
+    Raises:
+        ArgumentError: If there is not one group for each example, or only one group.
+    """
+    check_lengths(n, groups=groups)
+    names = np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
+    if names.max() < 1:
+        raise ArgumentError("all examples in one group", "at least 2 groups")
+    return [torch.as_tensor(np.flatnonzero(names == k)) for k in range(names.max() + 1)]
 
 
 def _kept(groups: Any, sample_weight: Any, n: int) -> Any:

@@ -84,7 +84,7 @@ def solve_logistic(
     """
     if not bool((penalties > 0).all()) or not bool((weights.sum(0) > 0).all()):
         raise ArgumentError("a penalty or a column's weight that is not positive", "penalties and weights above 0")
-    work = _Columns(features, labels, classes, weights, penalties, scales)
+    work = Columns(features, labels, classes, weights, penalties, scales)
     found = work.empty_solution()
     for iteration in range(1, max_iter + 1):
         if iteration % REFRESH == 0:
@@ -102,7 +102,7 @@ def solve_logistic(
     )
 
 
-class _Columns:
+class Columns:
     """The columns that are still at work, and what L-BFGS remembers of them. theta: [d + 1, columns, logits]."""
 
     def __init__(self, features, labels, classes, weights, penalties, scales):
@@ -353,9 +353,14 @@ def _fit_site(features, labels, train, C, standardize, tol, max_iter, test) -> S
 
 
 def _held_out_loss(logits: Tensor, labels: Tensor, train: Tensor, test: Tensor) -> Tensor:
+    losses = held_out_losses(logits, labels)
+    held = ((train == 0).double() * test).T.repeat_interleave(logits.shape[1] // len(train), 1)
+    return (losses * held).sum(0) / held.sum(0)
+
+
+def held_out_losses(logits: Float[Tensor, "n columns k"], labels: Int64[Tensor, "n"]) -> Float[Tensor, "n columns"]:
+    """Log-loss of every example in every column; one logit stands for two classes."""
     if logits.shape[2] == 1:
         logits = torch.cat([-logits / 2, logits / 2], 2)
     index = labels[:, None, None].expand(-1, logits.shape[1], 1)
-    losses = -torch.log_softmax(logits, 2).gather(2, index)[:, :, 0]
-    held = ((train == 0).double() * test).T.repeat_interleave(logits.shape[1] // len(train), 1)
-    return (losses * held).sum(0) / held.sum(0)
+    return -torch.log_softmax(logits, 2).gather(2, index)[:, :, 0]

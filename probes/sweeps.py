@@ -39,12 +39,14 @@ class ProbeSweep(Rows):
         metric: What ``value`` and ``control`` are.
         majority: Share of the most frequent class.
         control: Which control it was.
+        duplicates: Texts that repeat an earlier one, which were kept in one group; None where that is not known.
     """
 
     rows: list[dict[str, Any]] = field(repr=False)
     metric: str
     majority: float
     control: str
+    duplicates: int | None = None
 
     def to_records(self) -> list[dict[str, Any]]:
         """The rows."""
@@ -68,7 +70,7 @@ class ProbeSweep(Rows):
                 "fit_seconds": float(np.sum([r["fit_seconds"] for r in rows])),
             })  # fmt: skip
         title = f"Exploratory: {self.metric} at each site, control: {self.control}, majority {self.majority:.3f}"
-        return Table(found, title)
+        return Table(found, title + (f", {self.duplicates} repeated texts kept together" if self.duplicates else ""))
 
     def best(self, probe: str | None = None) -> dict[str, Any]:
         """The site (pooling, probe) that inner scores choose, and what the choice is worth on data it did not see.
@@ -157,7 +159,7 @@ def sweep(
         sites: Which; by default all that have the pooling.
         pools: Of a store: ``mean``, ``last``, ... or ``tokens`` for token sets. Of a mapping it only names a column.
         groups: What must not be on both sides of a split; by default the store's groups, if it has some.
-        texts: Equal texts are kept in one group.
+        texts: Equal texts are kept in one group; by default those of a store whose token ids are equal.
         types: Word types for a control task; without, control labels are shuffled ones.
         folds: Number of folds, or a splitter.
         seeds: Of splits, probes and controls.
@@ -188,13 +190,24 @@ def sweep(
     if y is None:
         raise ArgumentError("no labels", "y=, or a store that was built with labels=")
     numbers, _ = as_numbers(y, first)
-    joined = groups if texts is None else duplicate_groups(texts, groups).groups
+    joined, duplicates = _joined(data, texts, groups)
     task = _Task(numbers, joined, types, folds, metric, control)
     outer_folds(numbers, joined, folds, seeds[0])  # refused before any work
     todo = [_Job(s, p, name, probe, seed) for s, p in chosen for name, probe in named.items() for seed in seeds]
     rows = [row for done in _run(data, todo, task, path, jobs, progress) for row in done]
     kind = "none" if not control else "shuffled labels" if types is None else "control task"
-    return ProbeSweep(rows, metric, float(np.bincount(numbers).max() / len(numbers)), kind)
+    return ProbeSweep(rows, metric, float(np.bincount(numbers).max() / len(numbers)), kind, duplicates)
+
+
+def _joined(data: Source, texts: Sequence[str] | None, groups: Any) -> tuple[Any, int | None]:
+    """Groups that hold equal texts together, and how many repeat an earlier one."""
+    ids = data.token_ids if isinstance(data, ActivationStore) and texts is None else None
+    if ids is not None:
+        texts = [" ".join(map(str, row.tolist())) for row in ids]
+    if texts is None:
+        return groups, None
+    found = duplicate_groups(texts, groups)
+    return (groups if not found.duplicates else found.groups), found.duplicates
 
 
 def _named(probes: Any) -> dict[str, Any]:

@@ -30,6 +30,10 @@ _DRAWN_BY = {
     "SVD": ("interp.plots.spectra", "svd_chart"),
     "TokenBlocks": ("interp.plots.token_blocks", "blocks_chart"),
     "ProbeSweep": ("interp.plots.probes", "sweep_chart"),
+    "Calibration": ("interp.plots.evaluation", "calibration_chart"),
+    "LearningCurve": ("interp.plots.evaluation", "learning_chart"),
+    "TransferMatrix": ("interp.plots.evaluation", "transfer_chart"),
+    "PermutationTest": ("interp.plots.evaluation", "permutation_chart"),
     "PatchGrid": ("interp.plots.patching", "patch_chart"),
     "Table": ("interp.plots.bars", "table_chart"),
 }
@@ -50,9 +54,9 @@ def chart(result: Any, **options: Any) -> "altair.TopLevelMixin":
 
     Args:
         result: A LogitLens, an Attribution, HeadNorms, Votes, a LinearScope, a BiasReport, an SVD, TokenBlocks, a
-            PatchGrid, a PathSearch, Couplings, a ProbeSweep, a JacobianSummary (singular values, gram, norm, trace), a
-            JacobianLens, a RelationScore, or a Table of tokens or classes with their probabilities, or with F x, r and
-            their sum.
+            PatchGrid, a PathSearch, Couplings, a ProbeSweep, a Calibration, a LearningCurve, a TransferMatrix, a
+            PermutationTest, a JacobianSummary (singular values, gram, norm, trace), a JacobianLens, a RelationScore, or
+            a Table of tokens or classes with their probabilities, or with F x, r and their sum.
         options: Of the figure. LogitLens: ``colour`` ("probability" or "entropy"), ``figure`` ("both", "heat",
             "ranks"), ``position``. Attribution: ``figure`` ("parts", "sources"), ``top``, ``layer`` of sources.
             HeadNorms: ``observable``. Votes of an image: ``picture`` (PNG bytes or a PIL image),

@@ -38,6 +38,18 @@ def test_words():
     assert set(datasets.noun_classes(["food", "plant"]).labels) == {"food", "plant"}
 
 
+def test_digits():
+    try:
+        found = interp.labelled_images("digits")
+    except NotCachedError as error:
+        missing(f"digits: {error}")
+    assert found.images.shape == (10_000, 1, 28, 28)
+    assert (float(found.images.min()), float(found.images.max())) == (0.0, 1.0)
+    assert 850 < found.labels.bincount().min() < found.labels.bincount().max() < 1150
+    with pytest.raises(ArgumentError):
+        interp.labelled_images("faces")
+
+
 def test_what_is_not_known_or_not_here_is_refused(monkeypatch, unchecked):
     for call in (lambda: interp.labelled_texts("poems"), lambda: datasets.sentiment("poems"),
                  lambda: datasets.noun_classes(["birds"])):  # fmt: skip

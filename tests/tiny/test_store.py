@@ -10,6 +10,7 @@ import torch
 import interp
 from interp import store_files
 from interp.hooks.errors import ArgumentError, InputError, NonFiniteError, SiteError, SizeError, StoreError
+from interp.probes import MassMeanProbe, closed_forms, stream_probes, sweep
 from interp.store import ActivationStore
 from interp.store_build import StoreWarning
 from tests.cases import build, build_cnn, build_hand
@@ -297,3 +298,49 @@ def test_the_unembedding_is_not_computed(tmp_path):
     module.lm_head.register_forward_hook(lambda *_: seen.append(1))
     ActivationStore.build(interp.attach(module, check=False), [[5, 6]], "blocks.*.hook_resid_post", tmp_path / "s")
     assert not seen
+
+
+def test_equal_texts_of_a_store_are_kept_together(tmp_path):
+    model = interp.attach(build("llama"))
+    rows = [[5 + i, 6, 7 + i % 3] for i in range(30)] + [[5, 6, 7]] * 5
+    y = [i % 2 for i in range(30)] + [0] * 5
+    store = ActivationStore.build(model, rows, "blocks.1.hook_resid_post", tmp_path / "s", labels=y)
+    found = sweep(store, None, [MassMeanProbe()], pools=["last"], folds=3)
+    assert found.duplicates == 5
+    texts = [" ".join(map(str, row)) for row in rows]
+    expected = sweep(store, None, [MassMeanProbe()], pools=["last"], folds=3, texts=texts)
+    assert [r["value"] for r in found.rows] == [r["value"] for r in expected.rows]
+    assert "5 repeated texts kept together" in str(found)
+
+
+def test_blocks_are_the_rows_of_a_site_with_their_examples(tmp_path):
+    model = interp.attach(build("llama"))
+    store = ActivationStore.build(
+        model, rows(23), SITES[0], tmp_path / "s", tokens="blocks.1.hook_resid_post", batch_size=4, shard="3kB"
+    )
+    site = "blocks.1.hook_resid_post"
+    for pool in ("mean", "tokens"):
+        parts = list(store.blocks(site, pool, rows=3))
+        assert len(parts) > 8
+        assert max(len(values) for _, values in parts) == 3
+        owner, values = (torch.cat(side) for side in zip(*parts, strict=True))
+        if pool == "mean":
+            assert torch.equal(values[owner.argsort()], store.pooled(site))
+        else:
+            tokens, offsets = store.tokens(site)
+            assert torch.equal(values[owner.argsort(stable=True)], tokens)
+            assert torch.equal(owner.bincount(), offsets.diff())
+    with pytest.raises(StoreError, match="max of blocks"):
+        next(store.blocks(site, "max"))
+
+
+def test_probes_of_a_store_are_those_of_its_matrices(tmp_path):
+    model = interp.attach(build("llama"))
+    y = [i % 2 for i in range(23)]
+    store = ActivationStore.build(model, rows(23), SITES[0], tmp_path / "s", batch_size=4, shard="3kB")
+    matrices = {site: store.pooled(site) for site in store.sites}
+    for function, options in ((closed_forms, {}), (stream_probes, {"C": 0.1})):
+        ours, theirs = function(store, y, **options), function(matrices, y, **options)
+        for site in store.sites:
+            pair = [found[site].lda if function is closed_forms else found[site] for found in (ours, theirs)]
+            torch.testing.assert_close(*(p.direction() for p in pair), rtol=1e-5, atol=1e-6)

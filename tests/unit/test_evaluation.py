@@ -16,6 +16,8 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 from sklearn.model_selection import GroupKFold, KFold, ShuffleSplit
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from interp.hooks.errors import ArgumentError
 from interp.probes import (
@@ -40,6 +42,7 @@ from interp.probes import (
 )
 from interp.probes.controls import shuffled
 from interp.probes.evaluation import score_intervals
+from interp.probes.fitting import fit
 from interp.probes.intervals import permutation_p
 from interp.probes.scores import balanced_accuracy
 from interp.probes.splits import SplitWarning
@@ -253,8 +256,20 @@ def test_shuffled_labels_keep_what_folds_and_groups_say():
         assert not np.array_equal(found, y)
         assert all(found[test].sum() == y[test].sum() for _, test in folds)
     assert all(len(set(found[groups == g])) == 1 for g in range(20))
-    mixed = np.tile([0, 1, 1, 1], 20)
-    assert all(shuffled(mixed, groups, folds, 2)[groups == g].sum() == 3 for g in range(20))
+    mixed = np.tile([0, 1, 1, 1, 0, 0, 0, 1], 10)
+    found = shuffled(mixed, groups, folds, 2)
+    assert all(found[groups == g].sum() in (1, 3) for g in range(20))
+    assert all(found[test].sum() == mixed[test].sum() for _, test in folds)
+
+
+def test_one_mixed_group_does_not_leave_the_other_labels_in_place():
+    x, y = task(200, 4)
+    groups = np.arange(200)
+    groups[1] = 0  # a text that stands twice, with both labels
+    y[:2] = 0, 1
+    found = [shuffled(y, groups, outer_folds(y, groups, 5), seed) for seed in range(20)]
+    assert np.mean([(f == y).mean() for f in found]) < 0.6
+    assert selectivity(LogisticProbe(C=1.0), x, y, groups=groups).control < 0.65
 
 
 def test_control_labels_are_not_guessed_worse_than_chance():
@@ -385,6 +400,14 @@ def test_every_kind_of_features_and_estimator(kind):
     else:
         probe = LogisticRegression()
     assert evaluate(probe, features, y, controls=1).scores["accuracy"] > 0.6
+
+
+def test_groups_and_seeds_reach_the_last_step_of_a_pipeline():
+    x, y = task(120, 4)
+    groups = np.arange(120) // 10
+    made = fit(make_pipeline(StandardScaler(), LogisticProbe()), x, y, groups, seed=3)[-1]
+    alone = LogisticProbe(random_state=3).fit(StandardScaler().fit_transform(x), y, groups=groups)
+    np.testing.assert_array_equal(made.inner_loss_, alone.inner_loss_)
 
 
 def test_fits_that_do_not_converge_are_counted():

@@ -80,3 +80,18 @@ def test_the_figure_of_a_sweep():
         values = {(r["at"][5:], r["probe"]): r["value"] for r in spec["datasets"]["probes"]}
         assert values == {(r["site"], r["probe"]): pytest.approx(r[metric]) for r in found.curve()}
         assert len(spec["datasets"]["controls"]) == 6
+
+
+@pytest.mark.parametrize(("name", "data", "rows"), [
+    ("calibration", "bins", 15), ("curve", "curve", 1), ("permutation", "sites", 1), ("transfer", "pairs", 4),
+])  # fmt: skip
+def test_figures_of_an_evaluation(name, data, rows):
+    import vl_convert
+
+    result = RESULTS[name]()
+    spec = json.loads(json.dumps(chart(result, title="Probes").to_dict(), allow_nan=False))
+    assert vl_convert.vegalite_to_vega(spec)["marks"]
+    drawn = spec["datasets"][data]
+    assert len(drawn) == rows
+    values = [row.get("balanced_accuracy", row.get("accuracy")) for row in result.to_records()]
+    assert [row.get("value", row.get("accuracy")) for row in drawn] == pytest.approx(values)

@@ -123,6 +123,18 @@ def test_inner_folds_keep_groups_together():
     assert set(fold) == {0, 1, 2}
 
 
+def test_inner_folds_are_as_many_as_leave_every_class_in_training():
+    groups, y = np.arange(40) // 10, torch.tensor([0] * 10 + [1] * 10 + [0, 1] * 10)
+    y[20:] = torch.tensor([2] * 20)
+    x = torch.randn(40, 3).double()
+    with pytest.raises(ArgumentError, match="lacks a class"):
+        inner_folds(x, y, groups, None, 0)
+    y[:20] = torch.tensor([0, 1] * 10)
+    fold = inner_folds(x, y, groups, None, 0)
+    assert fold.max() + 1 < 5
+    assert all(len(set(y[fold != k].tolist())) == 3 for k in range(int(fold.max()) + 1))
+
+
 def test_inner_folds_refuse_more_folds_than_examples_of_a_class():
     x, y = torch.randn(8, 2).double(), torch.tensor([0, 0, 0, 0, 0, 0, 1, 1])
     with pytest.raises(ArgumentError, match=r"\[6, 2\] distinct examples for 3 folds"):

@@ -94,6 +94,24 @@ def test_leave_one_out_is_leaving_one_out():
     assert probe.loo_error_[0] == pytest.approx(np.mean(errors), rel=1e-10)
 
 
+def test_leaving_groups_out_is_leaving_groups_out():
+    x, y = data(24, 4)
+    groups, weights = np.arange(24) // 3, 1.0 + np.arange(24) % 2
+    probe = RidgeProbe(2.0, standardize=False).fit(x, y, sample_weight=weights, groups=groups)
+    z, t = np.c_[x - np.average(x, axis=0, weights=weights), np.ones(24)], 2.0 * y - 1
+    errors = []
+    for g in range(8):
+        kept = groups != g
+        inside = z[kept].T * weights[kept]
+        w = np.linalg.solve(inside @ z[kept] + np.diag([2.0] * 4 + [0.0]), inside @ t[kept])
+        errors.append((t[~kept] - z[~kept] @ w) ** 2)
+    assert probe.loo_error_[0] == pytest.approx(np.average(np.concatenate(errors), weights=weights), rel=1e-10)
+    alone = RidgeProbe().fit(x, y, groups=np.arange(24))
+    np.testing.assert_allclose(alone.loo_error_, RidgeProbe().fit(x, y).loo_error_)
+    with pytest.raises(ArgumentError, match="all examples in one group"):
+        RidgeProbe().fit(x, y, groups=np.zeros(24))
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("shrinkage", [0.3, "auto"])
 def test_discriminant_analysis_is_scikit_learns(classes, shrinkage):
