@@ -223,7 +223,7 @@ class LinearScope(LinearMap):
             labels=self.labels, target=name, origin=self.origin_name, linearization=self.network.held.name,
             stability=tested,
         )  # fmt: skip
-        if votes.completeness_error > self.tolerance:
+        if not votes.completeness_error <= self.tolerance:
             raise CompletenessError(
                 f"votes {votes.total:.6g} + residual {votes.residual:.6g} against {votes.value:.6g} for {name} "
                 f"(relative {votes.completeness_error:.1e})", f"at most {self.tolerance:.0e}",
@@ -292,7 +292,7 @@ class LinearScope(LinearMap):
             self.network.constants(w), moved, residual=residual, target=name, origin=self.origin_name,
             linearization=self.network.held.name,
         )  # fmt: skip
-        if report.completeness_error > self.tolerance:
+        if not report.completeness_error <= self.tolerance:
             raise CompletenessError(
                 f"constants sum to {report.total:.6g}, r is {report.residual:.6g} for {name}",
                 f"a relative difference below {self.tolerance:.0e}",

@@ -53,7 +53,7 @@ def _named(model: "Model", x: Tensor, name: str, tokens: bool) -> Tensor:
         raise ArgumentError(f"origin={name!r}", "a picture in colours, and a model that comes with its preprocessing")
     made = model.batch(model.preprocess(np.full((*x.shape[2:], 3), _GREYS[name], dtype=np.uint8))).args[0]
     colour = made.mean((2, 3), keepdim=True)
-    if (made - colour).abs().max() > 1e-3 * max(1.0, float(colour.abs().max())):
+    if not (made - colour).abs().max() <= 1e-3 * max(1.0, float(colour.abs().max())):
         needed = "one that maps one colour to one colour"
         raise ArgumentError(f"origin={name!r} under this preprocessing", needed, "give the origin as a tensor")
     return colour.expand_as(x)

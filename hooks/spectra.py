@@ -221,7 +221,7 @@ def _residuals(pair: _Flat, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
 
 
 def _warn(residuals: Tensor, tolerance: float, kind: str) -> None:
-    bad = int((residuals > tolerance).sum())
+    bad = int((~(residuals <= tolerance)).sum())
     if bad:
         worst = f"(worst {residuals.max():.1e})"
         text = f"{bad} of {len(residuals)} {kind} pairs have a residual above {tolerance:.0e} {worst}"

@@ -173,7 +173,10 @@ def report_biases(terms: list[tuple["Constant", Tensor]], moved: Tensor, **field
     """Return the report of constants and the gradients at their outputs, and of what the origin adds (Fᵀ w ⊙ o)."""
     values, maps = [], []
     for constant, gradient in terms:
-        product = gradient.double() * constant.value.double().expand_as(gradient)
+        value = constant.value.double().expand_as(gradient)
+        if constant.value.isinf().any():  # a mask adds -inf to scores that then have no influence
+            value = value.masked_fill(value.isinf() & (gradient == 0), 0.0)
+        product = gradient.double() * value
         values.append(product.sum().cpu())
         maps.append(_spatial(product).float())
     modules, ops = [c.path for c, _ in terms], [c.op for c, _ in terms]

@@ -70,8 +70,8 @@ def _error(engine: ChainEngine, graph: GraphEngine, place: Place) -> float:
     # The push against the pull: <w, J v> = <Jᵀ w, v>, over the size that such a product has.
     v = torch.randn(made[:1].shape, generator=generator, dtype=torch.float64).to(engine.like)
     adjoint = (w * engine.push(place, v)).flatten(1).sum(1) - (made * v).flatten(1).sum(1)
-    error = max(_relative(made, wanted), float((adjoint / made.flatten(1).norm(dim=1).clamp(min=1e-30)).abs().max()))
-    return error if error == error else float("inf")
+    errors = _relative(made, wanted), float((adjoint / made.flatten(1).norm(dim=1).clamp(min=1e-30)).abs().max())
+    return max(error if error == error else float("inf") for error in errors)
 
 
 def _relative(made: Tensor, wanted: Tensor) -> float:

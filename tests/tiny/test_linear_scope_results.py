@@ -27,6 +27,19 @@ def test_constants_sum_to_the_residual(name, linearization):
     assert sum(float(m.sum()) for m in report.maps) == pytest.approx(report.total, rel=1e-3, abs=1e-4)
 
 
+def test_masks_of_minus_infinity_add_nothing():
+    """Fused attention adds -inf where eager attention adds the lowest number; both constants have no influence."""
+    module = build("llama")
+    reports = []
+    for attention in ("eager", "sdpa"):
+        module.set_attn_implementation(attention)
+        scope = interp.LinearScope(interp.attach(module), inputs_for("llama")[:1], "exact")
+        assert all(row["holds"] for row in scope.check())
+        reports.append(scope.bias_report(3))
+    assert reports[1].total == pytest.approx(reports[0].total, rel=1e-6)
+    assert reports[1].completeness_error < 1e-6
+
+
 def test_constants_of_a_cnn_by_hand():
     """conv -> batch norm -> ReLU -> skip: each constant's share by the gradient of the real network at it."""
     net, x = build_cnn().double(), torch.linspace(0, 9, 108).sin().reshape(1, 3, 6, 6).double()
