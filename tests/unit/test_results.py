@@ -14,10 +14,19 @@ from interp.saving import _TYPES
 TOOLS = {
     "Activations", "ActivationStore", "AverageGradient", "Boundary", "Dictionary", "Intervention", "JacobianLens",
     "JacobianMap",
-    "LabelledTexts", "Layout", "LeaceEraser", "LinearMap", "LinearRelation", "LinearScope", "Linearization",
+    "LabelledImages", "LabelledTexts", "Layout", "LeaceEraser", "LinearMap", "LinearRelation", "LinearScope", "Linearization",
     "MeanPoint", "Model", "Observable", "Path", "Reference", "Run", "Site", "Step", "Unit",
 }  # fmt: skip
-PROBING_TOOLS = {"BranchPoint", "Grouping", "LeaceFitter", "MomentFeatures", "MomentHead", "PSRPAdapter", "TokenSets"}
+PROBING_TOOLS = {
+    "BranchPoint",
+    "ClosedForms",
+    "Grouping",
+    "LeaceFitter",
+    "MomentFeatures",
+    "MomentHead",
+    "PSRPAdapter",
+    "TokenSets",
+}
 
 
 def public() -> dict[str, type]:
