@@ -13,20 +13,12 @@ from interp.saving import _TYPES
 # Public classes that are no results: what one asks with, what holds a model, an estimator, a linear operator, errors.
 TOOLS = {
     "Activations", "ActivationStore", "AverageGradient", "Boundary", "Dictionary", "Intervention", "JacobianLens",
-    "JacobianMap",
-    "LabelledImages", "LabelledTexts", "Layout", "LeaceEraser", "LinearMap", "LinearRelation", "LinearScope", "Linearization",
-    "MeanPoint", "Model", "Observable", "Path", "Reference", "Run", "Site", "Step", "Unit",
+    "JacobianMap", "LabelledImages", "LabelledTexts", "Layout", "LeaceEraser", "LinearMap", "LinearRelation",
+    "LinearScope", "Linearization", "MeanPoint", "Model", "Observable", "Path", "Reference", "Run", "Site", "Step", "Unit",
 }  # fmt: skip
 PROBING_TOOLS = {
-    "BranchPoint",
-    "ClosedForms",
-    "Grouping",
-    "LeaceFitter",
-    "MomentFeatures",
-    "MomentHead",
-    "PSRPAdapter",
-    "TokenSets",
-}
+    "BranchPoint", "ClosedForms", "Grouping", "LeaceFitter", "MomentFeatures", "MomentHead", "PSRPAdapter", "TokenSets",
+}  # fmt: skip
 
 
 def public() -> dict[str, type]:
