@@ -14,10 +14,12 @@ from interp.saving import _TYPES
 TOOLS = {
     "Activations", "ActivationStore", "AverageGradient", "Boundary", "Dictionary", "Intervention", "JacobianLens",
     "JacobianMap", "LabelledImages", "LabelledTexts", "Layout", "LeaceEraser", "LinearMap", "LinearRelation",
-    "LinearScope", "Linearization", "MeanPoint", "Model", "Observable", "Path", "Reference", "Run", "Site", "Step", "Unit",
+    "LinearScope", "Linearization", "MeanPoint", "Model", "Observable", "Path", "Reference", "Run",
+    "Site", "Step", "Unit",
 }  # fmt: skip
 PROBING_TOOLS = {
-    "BranchPoint", "ClosedForms", "Grouping", "LeaceFitter", "MomentFeatures", "MomentHead", "PSRPAdapter", "TokenSets",
+    "BranchPoint", "ClosedForms", "Grouping", "LeaceFitter", "MomentFeatures", "MomentHead",
+    "PSRPAdapter", "TokenSets",
 }  # fmt: skip
 
 
