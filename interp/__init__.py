@@ -26,6 +26,7 @@ _HOME = {
     "interp.hooks.table": ["Table"],
     "interp.hooks.units": ["Unit"],
     "interp.hooks.votes": ["Votes"],
+    "interp.attention": ["AttentionPatterns", "attention_patterns"],
     "interp.attribution": ["Attribution", "direct_attribution"],
     "interp.attribution_contrast": ["contrast_attribution"],
     "interp.attribution_data": ["AttributionSummary", "attribute_dataset"],
@@ -37,6 +38,7 @@ _HOME = {
     "interp.jacobians.checks": ["FallbackWarning"],
     "interp.jacobians.features": ["FeatureJacobian", "FeatureJacobians", "feature_jacobians"],
     "interp.jacobians.jacobian": ["jacobian"],
+    "interp.jacobians.layer_spectra": ["LayerSpectra", "layer_spectra"],
     "interp.jacobians.means": ["JacobianMean", "mean_jacobian"],
     "interp.jacobians.plan": ["Plan"],
     "interp.jacobians.reductions": ["JacobianSummary"],
@@ -53,8 +55,9 @@ _HOME = {
     "interp.patching.edges": ["edge_attribution"],
     "interp.patching.grid": ["PatchGrid"],
     "interp.patching.paths": ["path_patch"],
-    "interp.path_search": ["PathSearch", "find_paths"],
+    "interp.path_search": ["PathSearch", "extend_path", "find_paths"],
     "interp.plots": ["chart"],
+    "interp.predictions": ["next_tokens"],
     "interp.propagation.comparison": ["ObservableComparison", "compare_observables"],
     "interp.propagation.couplings": ["Couplings", "couplings"],
     "interp.propagation.feature_vectors": [
@@ -66,6 +69,7 @@ _HOME = {
     "interp.propagation.reference": ["Reference"],
     "interp.propagation.totals": ["Totals", "propagate_all"],
     "interp.query_key": ["AttentionScore", "attention_score", "pattern_effects"],
+    "interp.run_comparison": ["RunComparison", "compare_runs"],
     "interp.runs": ["Run"],
     "interp.sequences": ["SequenceObservable"],
     "interp.steering": ["Cost", "DoseResponse", "cost", "dose_response", "orthogonalize"],
@@ -74,6 +78,7 @@ _HOME = {
 _NAMES = {name: home for home, names in _HOME.items() for name in names}
 
 if TYPE_CHECKING:
+    from interp.attention import AttentionPatterns, attention_patterns
     from interp.attribution import Attribution, direct_attribution
     from interp.attribution_contrast import contrast_attribution
     from interp.attribution_data import AttributionSummary, attribute_dataset
@@ -112,6 +117,7 @@ if TYPE_CHECKING:
     from interp.jacobians.checks import FallbackWarning
     from interp.jacobians.features import FeatureJacobian, FeatureJacobians, feature_jacobians
     from interp.jacobians.jacobian import jacobian
+    from interp.jacobians.layer_spectra import LayerSpectra, layer_spectra
     from interp.jacobians.means import JacobianMean, mean_jacobian
     from interp.jacobians.plan import Plan
     from interp.jacobians.reductions import JacobianSummary
@@ -128,8 +134,9 @@ if TYPE_CHECKING:
     from interp.patching.edges import edge_attribution
     from interp.patching.grid import PatchGrid
     from interp.patching.paths import path_patch
-    from interp.path_search import PathSearch, find_paths
+    from interp.path_search import PathSearch, extend_path, find_paths
     from interp.plots import chart
+    from interp.predictions import next_tokens
     from interp.propagation.comparison import ObservableComparison, compare_observables
     from interp.propagation.couplings import Couplings, couplings
     from interp.propagation.feature_vectors import (
@@ -147,26 +154,29 @@ if TYPE_CHECKING:
     from interp.propagation.reference import Reference
     from interp.propagation.totals import Totals, propagate_all
     from interp.query_key import AttentionScore, attention_score, pattern_effects
+    from interp.run_comparison import RunComparison, compare_runs
     from interp.runs import Run
     from interp.sequences import SequenceObservable
     from interp.steering import Cost, DoseResponse, cost, dose_response, orthogonalize
     from interp.store import ActivationStore
 
 __all__ = [
-    "ActivationStore", "Activations", "Add", "AttentionParts", "AttentionScore", "Attribution", "AttributionSummary",
-    "AverageGradient", "Boundary", "Cost", "CouplingFit", "Couplings", "Dictionary", "DoseResponse", "Erase",
-    "FallbackWarning", "FeatureJacobian", "FeatureJacobians", "FeatureVector", "Function", "HeadNorms",
-    "InterpError", "Intervention", "JacobianLens", "JacobianMap", "JacobianMean", "JacobianSummary", "Jacobians",
-    "LabelledImages", "LabelledTexts", "Layout", "LinearMap", "LinearRelation", "LinearScope", "Linearization",
-    "LogitLens", "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable", "ObservableComparison",
-    "ObservableSet", "Patch", "PatchGrid", "Path", "PathSearch", "Plan", "ProjectOut", "Reference", "RelationScore",
-    "RowSweep", "Run", "Scale", "SequenceObservable", "Set", "Site", "Step", "StoredJacobians", "Table", "Totals",
-    "Unit", "Votes", "Zero", "attach", "attention_parts", "attention_score", "attribute_dataset",
-    "attribution_patching", "chart", "compare_observables", "contrast_attribution", "cosine", "cost", "coupling",
-    "coupling_range", "couplings", "direct_attribution", "dose_response", "edge_attribution", "feature_jacobians",
-    "find_paths", "head_norms", "jacobian", "labelled_images", "labelled_texts", "load", "load_plan", "logit_lens",
-    "low_data_comparison", "mean_jacobian", "orthogonalize", "pairwise", "patch_grid", "path_patch",
-    "pattern_effects", "propagate", "propagate_all", "register_unit", "row_sweep", "save_plan", "validate_coupling",
+    "ActivationStore", "Activations", "Add", "AttentionParts", "AttentionPatterns", "AttentionScore", "Attribution",
+    "AttributionSummary", "AverageGradient", "Boundary", "Cost", "CouplingFit", "Couplings", "Dictionary",
+    "DoseResponse", "Erase", "FallbackWarning", "FeatureJacobian", "FeatureJacobians", "FeatureVector", "Function",
+    "HeadNorms", "InterpError", "Intervention", "JacobianLens", "JacobianMap", "JacobianMean", "JacobianSummary",
+    "Jacobians", "LabelledImages", "LabelledTexts", "LayerSpectra", "Layout", "LinearMap", "LinearRelation",
+    "LinearScope", "Linearization", "LogitLens", "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable",
+    "ObservableComparison", "ObservableSet", "Patch", "PatchGrid", "Path", "PathSearch", "Plan", "ProjectOut",
+    "Reference", "RelationScore", "RowSweep", "Run", "RunComparison", "Scale", "SequenceObservable", "Set", "Site",
+    "Step", "StoredJacobians", "Table", "Totals", "Unit", "Votes", "Zero", "attach", "attention_parts",
+    "attention_patterns", "attention_score", "attribute_dataset", "attribution_patching", "chart",
+    "compare_observables", "compare_runs", "contrast_attribution", "cosine", "cost", "coupling", "coupling_range",
+    "couplings", "direct_attribution", "dose_response", "edge_attribution", "extend_path", "feature_jacobians",
+    "find_paths", "head_norms", "jacobian", "labelled_images", "labelled_texts", "layer_spectra", "load", "load_plan",
+    "logit_lens", "low_data_comparison", "mean_jacobian", "next_tokens", "orthogonalize", "pairwise", "patch_grid",
+    "path_patch", "pattern_effects", "propagate", "propagate_all", "register_unit", "row_sweep", "save_plan",
+    "validate_coupling",
 ]  # fmt: skip
 
 

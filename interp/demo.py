@@ -21,6 +21,7 @@ from interp.hooks.text import token_id
 from interp.hooks.votes import Votes
 from interp.lens import logit_lens
 from interp.observables import Observable
+from interp.predictions import next_tokens
 from interp.runs import Progress, Run
 from interp.scope_specs import open_picture
 from interp.specs import Fields, Spec, Work, execute
@@ -104,15 +105,9 @@ def _pixels(model: Model, image: str) -> torch.Tensor:
 
 def _prompt(run: Run, model: Model, spec: PromptSpec, name: str, progress: Progress) -> list[dict[str, Any]]:
     progress(f"{name}: next tokens")
-    logits = model.run(spec.prompt)[0, -1]
-    probabilities, ids = torch.softmax(logits.float(), -1).topk(_TOP)
-    words = [model.tokenizer.decode([i]) for i in ids.tolist()]
-    rows = [
-        {"token": w, "id": i, "logit": float(logits[i]), "probability": float(p)}
-        for w, i, p in zip(words, ids.tolist(), probabilities, strict=True)
-    ]
-    run.save(f"{name}-next-tokens", Table(rows, spec.prompt))
-    target, foil = _pair(model, spec, ids.tolist())
+    likely = next_tokens(model, spec.prompt, _TOP)
+    run.save(f"{name}-next-tokens", likely)
+    target, foil = _pair(model, spec, [row["id"] for row in likely])
     progress(f"{name}: logit lens")
     run.save(f"{name}-lens", logit_lens(model, spec.prompt, [target, foil]))
     progress(f"{name}: attribution to heads and MLPs")

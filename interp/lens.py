@@ -36,6 +36,7 @@ class LogitLens(Rows):
         followed: The followed tokens.
         vocabulary: Token strings of ``top_ids`` by id.
         kind: ``logit lens`` or ``Jacobian lens``.
+        positions: Which positions of the prompt are read, or None for all; ``tokens`` are theirs.
     """
 
     layers: list[str]
@@ -48,15 +49,21 @@ class LogitLens(Rows):
     followed: list[str]
     vocabulary: dict[int, str] = field(repr=False)
     kind: str = "logit lens"
+    positions: list[int] | None = field(default=None, repr=False)
+
+    @property
+    def places(self) -> list[int]:
+        """The position in the prompt of each column."""
+        return list(range(len(self.tokens))) if self.positions is None else self.positions
 
     def to_records(self) -> list[dict[str, Any]]:
         """One row for each layer and position: the most likely token, its probability, the entropy, followed tokens."""
         rows = []
         for i, layer in enumerate(self.layers):
-            for j, token in enumerate(self.tokens):
+            for j, (place, token) in enumerate(zip(self.places, self.tokens, strict=True)):
                 row = {
                     "layer": layer,
-                    "position": j,
+                    "position": place,
                     "token": token,
                     "top": self.vocabulary[int(self.top_ids[i, j, 0])],
                 }
@@ -70,12 +77,12 @@ class LogitLens(Rows):
         return rows
 
     def at(self, position: int = -1) -> Table:
-        """Return the rows of one position, layer by layer."""
+        """Return the rows of one column (of those that were read), layer by layer."""
         index = range(len(self.tokens))[position]
         rows = [
             {k: v for k, v in r.items() if k not in ("position", "token")}
             for r in self.to_records()
-            if r["position"] == index
+            if r["position"] == self.places[index]
         ]
         return Table(rows, f"{self.kind} behind {self.tokens[index]!r}")
 
@@ -84,7 +91,9 @@ class LogitLens(Rows):
 
 
 @torch.no_grad()
-def logit_lens(model: Model, prompt: Any, follow: Sequence[str | int] = (), k: int = 5, *, plan=()) -> LogitLens:
+def logit_lens(
+    model: Model, prompt: Any, follow: Sequence[str | int] = (), k: int = 5, *, positions: Any = None, plan=()
+) -> LogitLens:
     """Return the logit lens of one prompt: softmax(W_U N(x_l) + b_U) for the embedding and each block's output x_l.
 
     The last layer's readout equals the model's own distribution.
@@ -94,17 +103,22 @@ def logit_lens(model: Model, prompt: Any, follow: Sequence[str | int] = (), k: i
         prompt: One text, or token ids.
         follow: Tokens whose rank and probability are followed through the layers.
         k: How many of the most likely tokens to keep.
+        positions: Behind which tokens to read, as `capture` takes them; all by default. Each costs a product with W_U
+            at every layer.
         plan: Interventions under which the model runs.
 
     Raises:
         SiteUnavailableError: If the model has no final norm and unembedding.
         TokenError: If a followed token is not exactly one.
         ArgumentError: If there is more than one prompt, or k is out of range.
+        PositionError: If a position lies outside the prompt.
     """
     batch, ids = check_readout(model, prompt, follow, k)
     names = stream_names(model)
-    acts = capture_streams(model, batch, list(names.values()), plan)
-    return read_streams(model, batch, {layer: acts[name][0] for layer, name in names.items()}, ids, k)
+    places = None if positions is None else batch.positions(positions)[0].tolist()
+    acts = capture_streams(model, batch, list(names.values()), plan, places)
+    streams = {layer: acts[name][0] for layer, name in names.items()}
+    return read_streams(model, batch, streams, ids, k, positions=places)
 
 
 def check_readout(model: Model, prompt: Any, follow: Sequence[str | int], k: int) -> tuple[Batch, list[int]]:
@@ -133,14 +147,16 @@ def stream_names(model: Model) -> dict[str, str]:
     return {"embed": "blocks.0.hook_resid_pre"} | {str(i): f"blocks.{i}.hook_resid_post" for i in range(model.n_layers)}
 
 
-def capture_streams(model: Model, batch: Batch, names: list[str], plan: Any) -> Activations:
+def capture_streams(
+    model: Model, batch: Batch, names: list[str], plan: Any, positions: list[int] | None = None
+) -> Activations:
     """Return streams of one prompt, the last one among them, which must read as the model's own logits.
 
     Raises:
         ArgumentError: If a plan acts behind the last stream.
     """
     last = f"blocks.{model.n_layers - 1}.hook_resid_post"
-    acts = model.capture(batch, list(dict.fromkeys([*names, last, "logits"])), plan=plan)
+    acts = model.capture(batch, list(dict.fromkeys([*names, last, "logits"])), positions=positions, plan=plan)
     readout = read_logits(model, acts[last][0])
     if not torch.allclose(readout, acts["logits"][0].float(), rtol=1e-2, atol=1e-2 * float(readout.abs().max())):
         raise ArgumentError("logits that are not the last stream's readout", "a plan in front of the final norm")
@@ -148,19 +164,21 @@ def capture_streams(model: Model, batch: Batch, names: list[str], plan: Any) -> 
 
 
 def read_streams(
-    model: Model, batch: Batch, streams: dict[str, Tensor], follow: list[int], k: int, kind: str = "logit lens"
-) -> LogitLens:
+    model: Model, batch: Batch, streams: dict[str, Tensor], follow: list[int], k: int, kind: str = "logit lens", *,
+    positions: list[int] | None = None,
+) -> LogitLens:  # fmt: skip
     """Return what the final norm and the unembedding read in streams [pos, d_model], by layer."""
     rows = [_read(model, stream, follow, k) for stream in streams.values()]
     top_p, top_i, entropy, ranks, probabilities = (torch.stack(column) for column in zip(*rows, strict=True))
     decode = (lambda i: model.tokenizer.decode([i])) if model.tokenizer is not None else str
+    ids_of = batch.ids[0].tolist()  # type: ignore[index]
     return LogitLens(
         layers=list(streams),
-        tokens=[decode(i) for i in batch.ids[0].tolist()],  # type: ignore[index]
+        tokens=[decode(i) for i in (ids_of if positions is None else [ids_of[p] for p in positions])],
         top_ids=top_i, top_probabilities=top_p, entropy=entropy, ranks=ranks, probabilities=probabilities,
         followed=[decode(i) for i in follow],
         vocabulary={i: decode(i) for i in top_i.unique().tolist()},
-        kind=kind,
+        kind=kind, positions=positions,
     )  # fmt: skip
 
 

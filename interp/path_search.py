@@ -18,7 +18,7 @@ from interp.hooks.model import Model
 from interp.hooks.table import Rows, Table
 from interp.observables import Observable
 from interp.propagation.exact_paths import ExactPaths
-from interp.propagation.paths import Path, Step, feeds
+from interp.propagation.paths import Path, PathLike, Step, feeds
 from interp.propagation.propagate import propagate
 
 Score = Literal["linear", "attribution", "patch"]
@@ -116,8 +116,57 @@ def find_paths(
         if not front:
             break
     best = sorted(kept.values(), key=search.order)
+    return _result(exact, search, score, best)
+
+
+@torch.no_grad()
+def extend_path(
+    model: Model, observable: Observable, clean: Any, path: PathLike = "", corrupt: Any = None, *,
+    score: Score | None = None, position: int = -1, linearization: LinearizationLike = "path",
+) -> PathSearch:  # fmt: skip
+    """Return every component that can feed a path at its input end, as a longer path with its score, largest first.
+
+    One step of `find_paths`: from the empty path the parts that write to the final stream, then what feeds the chosen
+    one, and so on.
+
+    Args:
+        model: A decoder.
+        observable: What is measured.
+        clean: One prompt.
+        path: The path so far, as `propagate` takes it; empty for the logits.
+        corrupt: A prompt of the same number of tokens; then only the difference counts.
+        score: As for `find_paths`; ``attribution`` by default, ``linear`` with a corrupt prompt.
+        position: Whose next-token logits are measured, where the path does not say.
+        linearization: What is held in pull-backs.
+
+    Raises:
+        ArgumentError: If the path begins at the embedding, a component does not exist, or an option is not legal.
+        PositionError: If a position lies outside the prompt.
+
+    Example:
+        >>> import interp
+        >>> model = interp.load("smollm2-135m")
+        >>> n = interp.Observable.logit_diff(model, " Mary", " John")
+        >>> found = interp.extend_path(model, n, "When Mary and John went out, John gave a drink to")
+        >>> len(found.paths) == found.tried
+        True
+    """
+    wanted: Score = score or ("attribution" if corrupt is None else "linear")
+    _check_options(1, 1, wanted, "abs", corrupt)
+    given = Path.parse(path)
+    given = given if given.steps or path else Path((), position)
+    if given.embed:
+        raise ArgumentError(f"path {given}", "a path that does not begin at the embedding", "nothing feeds it")
+    exact = ExactPaths(model, observable, clean, corrupt, given.position)
+    placed = given.check(model, exact.ref.length)
+    search = _Beam(exact, Linearization.of(linearization), wanted, "abs")
+    best = sorted(search.extend(placed), key=search.order)
+    return _result(exact, search, wanted, best)
+
+
+def _result(exact: ExactPaths, search: "_Beam", score: Score, best: "list[_Found]") -> PathSearch:
     return PathSearch(
-        observable.name, exact.measurement, exact.corrupt_measurement, score, [str(f.path) for f in best],
+        exact.observable.name, exact.measurement, exact.corrupt_measurement, score, [str(f.path) for f in best],
         torch.tensor([f.score for f in best]), torch.tensor([f.effect for f in best]), search.correlation, search.tried,
         exact.labels,
     )  # fmt: skip
@@ -164,8 +213,10 @@ class _Beam:
 
     @property
     def correlation(self) -> float:
-        """Of scores and exact effects over all candidates."""
+        """Of scores and exact effects over all candidates; NaN of a single one."""
         scores, effects = torch.cat(self.pairs, 1).double()
+        if len(scores) < 2:
+            return float("nan")
         return float(torch.corrcoef(torch.stack([scores, effects]))[0, 1])
 
     def extend(self, path: Path) -> Iterator[_Found]:

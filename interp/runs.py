@@ -88,6 +88,8 @@ class Run:
             raise RunError(
                 f"{path} is not a run folder ({error})", "a folder with spec.json and provenance.json"
             ) from error
+        if not isinstance(spec, dict) or not isinstance(provenance, dict):
+            raise RunError(f"{path} is not a run folder", "fields in spec.json and provenance.json")
         if provenance.get("format", 0) > FORMAT:
             raise RunError(f"{path} has format {provenance['format']}", f"format {FORMAT} or older", "update interp")
         return cls(path, spec, provenance)
@@ -244,7 +246,10 @@ class Run:
         return self._status()["state"]
 
     def _status(self) -> dict[str, str]:
-        return json.loads((self.path / "status.json").read_text())
+        try:
+            return json.loads((self.path / "status.json").read_text())
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.path.name} has no state ({error})", "a run folder with status.json") from error
 
     def _write(self, name: str, data: Any) -> None:
         write_atomically(self.path / name, json.dumps(data, indent=1, ensure_ascii=False).encode())

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from interp.hooks.table import Table
 
 FORMAT = 1
 _TYPES = {
+    "AttentionPatterns": "interp.attention",
     "AttentionParts": "interp.jacobians.attention_parts",
     "Attribution": "interp.attribution",
     "AttributionSummary": "interp.attribution_data",
@@ -40,6 +42,7 @@ _TYPES = {
     "JacobianMean": "interp.jacobians.means",
     "JacobianSummary": "interp.jacobians.reductions",
     "LeaceEraser": "interp.probes.erasure",
+    "LayerSpectra": "interp.jacobians.layer_spectra",
     "LearningCurve": "interp.probes.curves",
     "LinearRelation": "interp.linear_relation",
     "LogitLens": "interp.lens",
@@ -114,9 +117,13 @@ def load_result(stem: str | Path) -> Any:
             f"result {stem.name}: type {kind!r}, format {version}", f"format {FORMAT} or older", "update interp"
         )
     file = stem.with_suffix(".safetensors")
-    tensors = load_file(file) if file.is_file() else {}
-    fields = {name: _put_back(value, tensors) for name, value in record["fields"].items()}
-    return _made(kind, fields)
+    try:
+        tensors = load_file(file) if file.is_file() else {}
+        fields = {name: _put_back(value, tensors) for name, value in record["fields"].items()}
+        return _made(kind, fields)
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+        do = "the file was changed or cut off: compute the result again"
+        raise RunError(f"result {stem.name} cannot be read ({error})", "the file as it was written", do) from error
 
 
 def _fields(result: Any) -> dict[str, Any]:

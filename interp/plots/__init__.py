@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 __all__ = ["can_draw", "chart", "visible"]
 
 _DRAWN_BY = {
+    "AttentionPatterns": ("interp.plots.attention", "attention_chart"),
     "LogitLens": ("interp.plots.lens", "lens_chart"),
     "Attribution": ("interp.plots.components", "attribution_chart"),
     "Couplings": ("interp.plots.couplings", "couplings_chart"),
     "PathSearch": ("interp.plots.paths", "paths_chart"),
     "HeadNorms": ("interp.plots.sources", "head_norms_chart"),
     "Votes": ("interp.plots.votes", "votes_chart"),
+    "DoseResponse": ("interp.plots.features", "dose_chart"),
+    "FeatureVector": ("interp.plots.features", "feature_chart"),
+    "LayerSpectra": ("interp.plots.layer_spectra", "spectra_chart"),
     "LinearScope": ("interp.plots.linear", "scope_chart"),
     "BiasReport": ("interp.plots.biases", "bias_chart"),
     "JacobianSummary": ("interp.plots.jacobians", "summary_chart"),
@@ -53,23 +57,24 @@ def chart(result: Any, **options: Any) -> "altair.TopLevelMixin":
     """Return the figure of a result.
 
     Args:
-        result: A LogitLens, an Attribution, HeadNorms, Votes, a LinearScope, a BiasReport, an SVD, TokenBlocks, a
-            PatchGrid, a PathSearch, Couplings, a ProbeSweep, a Calibration, a LearningCurve, a TransferMatrix, a
-            PermutationTest, a JacobianSummary (singular values, gram, norm, trace), a JacobianLens, a RelationScore, or
-            a Table of tokens or classes with their probabilities, or with F x, r and their sum.
+        result: A LogitLens, AttentionPatterns, an Attribution, HeadNorms, Votes, a LinearScope, a BiasReport, an SVD,
+            TokenBlocks, a PatchGrid, a PathSearch, Couplings, a FeatureVector, a DoseResponse, LayerSpectra, a
+            ProbeSweep, a Calibration, a LearningCurve, a TransferMatrix, a PermutationTest, a JacobianSummary (singular
+            values, gram, norm, trace), a JacobianLens, a RelationScore, or a Table of tokens or classes with their
+            probabilities, or with F x, r and their sum.
         options: Of the figure. LogitLens: ``colour`` ("probability" or "entropy"), ``figure`` ("both", "heat",
             "ranks"), ``position``. Attribution: ``figure`` ("parts", "sources"), ``top``, ``layer`` of sources.
-            HeadNorms: ``observable``. Votes of an image: ``picture`` (PNG bytes or a PIL image),
-            ``cell`` (pixels), ``percentile``, ``size``. LinearScope: ``figure`` ("parts", "impulse", "receptive",
-            "strip", "outputs", "votes"), ``at``, ``along``, ``radius``, ``top``, ``cell``, ``size``. BiasReport:
-            ``figure`` ("bars", "maps"), ``depth``, ``linear``, ``count``, ``columns``, ``size``. SVD: ``figure``
-            ("values", "pairs"), ``count``, ``expected``, ``size``. TokenBlocks: ``of``
-            ("norms", "contributions"), ``scale``, ``percentile``, ``size``.
-            PatchGrid: ``figure`` ("cells", "audit"), ``show`` ("normalised", "effect", "value"). PathSearch:
-            ``figure`` ("bars", "agreement"), ``top``. Couplings: ``figure`` ("matrix", "slopes"), ``of``.
-            JacobianSummary: ``labels``, ``beside`` (of singular values: other summaries by name), ``name``.
-            JacobianLens: ``figure`` ("layers", "changes"). RelationScore: ``beside`` (other scores by name), ``name``.
-            Table: ``top``. All: ``title``.
+            HeadNorms: ``observable``. Votes of an image: ``picture`` (PNG bytes or a PIL image), ``cell`` (pixels),
+            ``percentile``, ``size``. LinearScope: ``figure`` ("parts", "impulse", "receptive", "strip", "pixels",
+            "outputs", "votes"), ``at``, ``along``, ``radius``, ``top``, ``cell``, ``size``. BiasReport: ``figure``
+            ("bars", "maps"), ``depth``, ``linear``, ``count``, ``columns``, ``size``. SVD: ``figure`` ("values",
+            "pairs"), ``count``, ``expected``, ``size``. TokenBlocks: ``of`` ("norms", "contributions"), ``scale``,
+            ``percentile``, ``size``. PatchGrid: ``figure`` ("cells", "audit"), ``show`` ("normalised", "effect",
+            "value"). PathSearch: ``figure`` ("bars", "agreement"), ``top``. Couplings: ``figure`` ("matrix", "slopes"),
+            ``of``. AttentionPatterns: ``head``, ``size``, ``columns``. FeatureVector: ``top``, ``width``. DoseResponse:
+            ``width``, ``height``. LayerSpectra: ``height``. JacobianSummary: ``labels``, ``beside`` (of singular
+            values: other summaries by name), ``name``. JacobianLens: ``figure`` ("layers", "changes"). RelationScore:
+            ``beside`` (other scores by name), ``name``. Table: ``top``. All: ``title``.
 
     Raises:
         ArgumentError: If there is no figure for this type, or an option is not the figure's.

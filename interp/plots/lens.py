@@ -30,10 +30,11 @@ def lens_chart(
     import altair as alt
 
     picked = alt.selection_point(name="column", fields=["position"])
-    column = Clicks("position", ("cells",), "column", position % n)
+    place = lens.places[position]
+    column = Clicks("position", ("cells",), "column", place)
     sets = Sets()
     if figure == "ranks":
-        return finish(_ranks(lens, sets, alt.datum.position == position % n), sets, title=title)
+        return finish(_ranks(lens, sets, alt.datum.position == place), sets, title=title)
     heat = _heat(lens, sets, colour, picked)
     if figure == "heat" or not lens.followed:
         return finish(heat, sets, column, title)
@@ -86,7 +87,9 @@ def _heat(lens: LogitLens, sets: Sets, colour: str, picked: Any) -> Any:
         )
     )  # fmt: skip
     frame = (
-        alt.Chart(sets.add("columns", ({"position": j, "at": name} for j, name in enumerate(names))))
+        alt.Chart(
+            sets.add("columns", ({"position": j, "at": name} for j, name in zip(lens.places, names, strict=True)))
+        )
         .mark_rect(fillOpacity=0, stroke=INK, strokeWidth=1.5)
         .encode(x="at:N")
         .transform_filter(picked)
@@ -106,7 +109,7 @@ def _ranks(lens: LogitLens, sets: Sets, at: Any, labels: bool = True) -> Any:
     names = _names(lens)
     rows = [
         {
-            "position": j, "token": visible(token), "layer": layer, "row": ordered(i, layer), "depth": i,
+            "position": lens.places[j], "token": visible(token), "layer": layer, "row": ordered(i, layer), "depth": i,
             "followed": names[n], "rank": int(lens.ranks[i, j, n]) + 1,
             "probability": float(lens.probabilities[i, j, n]),
         }
@@ -138,7 +141,7 @@ def _ranks(lens: LogitLens, sets: Sets, at: Any, labels: bool = True) -> Any:
     )  # fmt: skip
     drawn = base.mark_line(strokeWidth=2, interpolate="monotone") + base.mark_point(size=26, filled=True, opacity=1)
     first = alt.Chart(sets.add("first", [{"rank": 1}])).mark_rule(color=LINE, strokeDash=[3, 3]).encode(x="rank:Q")
-    behind = [{"position": j, "text": f"behind {visible(t)}"} for j, t in enumerate(lens.tokens)]
+    behind = [{"position": j, "text": f"behind {visible(t)}"} for j, t in zip(lens.places, lens.tokens, strict=True)]
     note = (
         alt.Chart(sets.add("behind", behind))
         .transform_filter(at)
@@ -165,8 +168,8 @@ def _cells(lens: LogitLens, width: int) -> list[dict[str, Any]]:
             words = [visible(lens.vocabulary[int(t)]) for t in lens.top_ids[i, j]]
             top = zip(words, lens.top_probabilities[i, j].tolist(), strict=True)
             row = {
-                "layer": layer, "row": ordered(i, layer), "position": j, "at": _column(lens, j),
-                "token": f"{visible(token)} (position {j})",
+                "layer": layer, "row": ordered(i, layer), "position": lens.places[j], "at": _column(lens, j),
+                "token": f"{visible(token)} (position {lens.places[j]})",
                 "word": visible(lens.vocabulary[int(lens.top_ids[i, j, 0])], max(width, 2)),
                 "probability": float(lens.top_probabilities[i, j, 0]), "entropy": round(float(lens.entropy[i, j]), 4),
                 "likely": "   ".join(f"{word} {_percent(p)}" for word, p in top),

@@ -15,11 +15,13 @@ from interp.hooks.windows import pool
 from interp.output_parts import output_parts
 from interp.plots.parts import parts_chart
 from interp.plots.pictures import Panel, blank, colours, picture_grid, picture_lines, signed
+from interp.plots.pixels import pixels_chart
 from interp.plots.style import Sets, finish, legible
 from interp.plots.style import signed as said
 from interp.plots.votes import robust_limit
 
 _PERCENTILE = 99.0
+_PICKED = 170  # Half the side of a picture whose pixels are clicked, in pixels of the figure.
 
 
 def scope_chart(
@@ -32,8 +34,8 @@ def scope_chart(
     column of F summed over the pixel's channels and averaged over the output's. ``receptive``: what one output pixel,
     or one class, reads. ``strip``: impulse responses along a moving pixel. ``outputs``: F x, r and their sum for the
     largest classes or tokens. ``votes``: for the largest classes, and the margin of the first to the second, votes
-    above rows of F. Frames mark the pixel; colours of responses are full at the 99th percentile, of votes and rows of
-    classes at the 99.5th.
+    above rows of F. ``pixels``: the reference, each pixel to be clicked. Frames mark the pixel; colours of responses
+    are full at the 99th percentile, of votes and rows of classes at the 99.5th.
 
     Args:
         scope: Around a picture [1, channel, height, width]; ``outputs`` also of tokens.
@@ -58,14 +60,18 @@ def scope_chart(
         return _class_votes(scope, top or 3, cell, size, title)
     if figure == "parts":
         return _parts(scope, size, title)
+    if figure == "pixels":
+        return pixels_chart(_shown(scope, scope.x), at, max(size, 2 * _PICKED), title)
     draw = {"impulse": _impulse, "receptive": _receptive, "strip": _strip}[figure]
     return draw(scope, list(along) if figure == "strip" else at, radius, size, title)
 
 
 _PICTURES = "from pictures to pictures"
 _NEEDS = {
-    "parts": _PICTURES, "impulse": _PICTURES, "strip": _PICTURES, "receptive": _PICTURES + " or classes",
+    "parts": _PICTURES, "impulse": _PICTURES, "strip": _PICTURES,
+    "receptive": _PICTURES + " or classes",
     "votes": "from pictures to classes", "outputs": "to classes or tokens",
+    "pixels": _PICTURES,
 }  # fmt: skip
 
 

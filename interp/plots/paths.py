@@ -6,7 +6,20 @@ from typing import Any
 from interp.hooks.errors import ArgumentError
 from interp.path_search import PathSearch
 from interp.plots.agreement import agreement
-from interp.plots.style import INK, LABEL, MUTED, Sets, finish, legible, ordered, padded, sign_colour, signed, visible
+from interp.plots.style import (
+    INK,
+    LABEL,
+    MUTED,
+    Clicks,
+    Sets,
+    finish,
+    legible,
+    ordered,
+    padded,
+    sign_colour,
+    signed,
+    visible,
+)
 
 _WIDE = 420
 _PLACE = re.compile(r"@(\d+)")
@@ -54,7 +67,9 @@ def _bars(found: PathSearch, top: int, title: str, note: str) -> Any:
     ]
     ends = padded((r[k] for r in rows for k in ("effect", "score")), share=0.16)
     sets = Sets()
+    picked = alt.selection_point(name="pick", fields=["path"])
     base = alt.Chart(sets.add("paths", rows)).encode(
+        opacity=alt.condition(picked, alt.value(1), alt.value(0.35)),
         y=alt.Y("key:N", title=None, axis=alt.Axis(labelExpr=LABEL, ticks=False, labelLimit=420, labelFontSize=11)),
         tooltip=[
             "path:N", alt.Tooltip("effect:Q", title="exact effect", format="+.4f"),
@@ -65,7 +80,8 @@ def _bars(found: PathSearch, top: int, title: str, note: str) -> Any:
     axis = "drop when what flows along the path is replaced (logits)"
     note = f"{note}. Bars: exact effect; diamonds: {found.score} score"
     x = alt.X("effect:Q", title=axis, scale=scale, axis=alt.Axis(tickCount=6, titleLimit=_WIDE + 200))
-    bars = base.mark_bar(cornerRadiusEnd=2, height={"band": 0.66}).encode(x=x, color=sign_colour("effect"))
+    drawn = base.properties(name="bars").mark_bar(cornerRadiusEnd=2, height={"band": 0.66}, cursor="pointer")
+    bars = drawn.encode(x=x, color=sign_colour("effect"))
     marks = base.mark_point(shape="diamond", filled=True, size=70, color=INK, stroke="white", strokeWidth=1).encode(
         x=alt.X("score:Q", scale=scale, title=axis)
     )
@@ -74,7 +90,7 @@ def _bars(found: PathSearch, top: int, title: str, note: str) -> Any:
         x=alt.value(_WIDE), text=alt.Text("effect:Q", format="+.2f")
     )
     figure = alt.layer(zero, bars, marks, numbers).properties(width=_WIDE, height=24 * len(rows))
-    return finish(figure, sets, title=title, note=note)
+    return finish(figure, sets, Clicks("path", ("bars",)), title=title, note=note)
 
 
 def _named(found: PathSearch, path: str) -> str:

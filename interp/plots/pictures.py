@@ -16,7 +16,8 @@ from interp.plots.style import INK, Sets, finish
 # Vega's "blueorange" from negative to positive, as `DIVERGING` shows it: pictures and charts agree.
 _COLOURS = "994a07 c5690d e8932f fbbf74 fce0ba f2f0eb d2e5ef 9dcae1 5da2cb 2f78b3 134b85".split()
 _ANCHORS = np.array([[int(c[i : i + 2], 16) for i in (0, 2, 4)] for c in _COLOURS], dtype=float)
-_MARK = "#d6186f"
+_PALE, _DEEP = np.array([239.0, 243.0, 249.0]), np.array([8.0, 69.0, 148.0])
+MARK = "#d6186f"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,14 @@ def signed(values: Tensor, limit: float) -> np.ndarray:
     at = (values.detach().double().cpu().numpy() / (limit or 1.0)).clip(-1, 1) * 5 + 5
     channels = [np.interp(at, np.arange(len(_ANCHORS)), _ANCHORS[:, c]) for c in range(3)]
     return np.stack(channels, -1).round().astype(np.uint8)
+
+
+def shades(values: Tensor, empty: Tensor) -> np.ndarray:
+    """Blues [height, width, 3] of a map [height, width] from 0 to 1; white where it is empty."""
+    at = values.detach().double().cpu().numpy().clip(0, 1)[..., None]
+    found = (_PALE + at * (_DEEP - _PALE)).round().astype(np.uint8)
+    found[empty.cpu().numpy()] = 255
+    return found
 
 
 def colours(values: Tensor, low: float, high: float) -> np.ndarray:
@@ -108,7 +117,7 @@ def _panel(panel: Panel, number: int, sets: Sets, size: int) -> Any:
     height, width = panel.pixels.shape[:2]
     cell = size / max(height, width)
     wide, high = round(width * cell), round(height * cell)
-    row = {"url": _png(panel.pixels, max(1, round(2 * cell)))}
+    row = {"url": png(panel.pixels, max(1, round(2 * cell)))}
     picture = (
         alt.Chart(sets.add(f"panel{number}", [row]))
         .mark_image(width=wide, height=high, aspect=False)
@@ -117,7 +126,7 @@ def _panel(panel: Panel, number: int, sets: Sets, size: int) -> Any:
     layers: list[Any] = [picture]
     for top, left, bottom, right in panel.marks:
         where = {"x": left * cell, "x2": right * cell, "y": top * cell, "y2": bottom * cell}
-        frame = alt.Chart(sets.add(f"panel{number}", [row])).mark_rect(fillOpacity=0, stroke=_MARK, strokeWidth=1.3)
+        frame = alt.Chart(sets.add(f"panel{number}", [row])).mark_rect(fillOpacity=0, stroke=MARK, strokeWidth=1.3)
         layers.append(frame.encode(**{k: alt.value(v) for k, v in where.items()}))
     lines = panel.title.split("\n")
     text = alt.TitleParams(
@@ -126,7 +135,7 @@ def _panel(panel: Panel, number: int, sets: Sets, size: int) -> Any:
     return alt.layer(*layers).properties(width=wide, height=high, title=text)
 
 
-def _png(pixels: np.ndarray, factor: int) -> str:
+def png(pixels: np.ndarray, factor: int) -> str:
     """A data address of the picture, each pixel drawn as factor x factor."""
     from PIL import Image
 
@@ -139,7 +148,7 @@ def _png(pixels: np.ndarray, factor: int) -> str:
 def _colour_bar(sets: Sets, limit: float, of: str) -> Any:
     import altair as alt
 
-    data = sets.add(f"bar{len(sets)}", [{"url": _png(signed(torch.linspace(-1, 1, 181)[None], 1.0), 1), "value": 0.0}])
+    data = sets.add(f"bar{len(sets)}", [{"url": png(signed(torch.linspace(-1, 1, 181)[None], 1.0), 1), "value": 0.0}])
     axis = alt.Axis(
         values=[-limit, 0, limit], format=".2~g", labelFlush=True, grid=False, title=of or None, titleAnchor="start"
     )

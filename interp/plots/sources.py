@@ -5,7 +5,7 @@ from typing import Any
 from interp.attribution import Attribution
 from interp.data_free import HeadNorms
 from interp.hooks.errors import ArgumentError
-from interp.plots.style import DIVERGING, LABEL, Sets, finish, legible, ordered, visible
+from interp.plots.style import DIVERGING, LABEL, Clicks, Sets, finish, legible, ordered, visible
 
 _WIDE = 740
 
@@ -82,15 +82,17 @@ def _grid(cells: list[dict[str, Any]], below: str, beside: str, scale: dict[str,
         title=name, orient="top", direction="horizontal", gradientLength=180, gradientThickness=8, titleOrient="left",
         titlePadding=10, titleLimit=420, tickCount=3,
     )  # fmt: skip
+    picked = alt.selection_point(name="pick", fields=["component"])
     figure = (
-        alt.Chart(sets.add("cells", cells))
-        .mark_rect(stroke="#f1f3f5", strokeWidth=1)
+        alt.Chart(sets.add("cells", cells), name="cells")
+        .mark_rect(stroke="#f1f3f5", strokeWidth=1, cursor="pointer")
         .encode(
             x=alt.X("at:N", title=below, axis=alt.Axis(labelExpr=LABEL, labelAngle=-90, ticks=False)),
             y=alt.Y("row:N", title=beside, axis=alt.Axis(labelExpr=LABEL, ticks=False, labelFontSize=11)),
             color=alt.Color("value:Q", scale=alt.Scale(**scale), legend=legend),
+            opacity=alt.condition(picked, alt.value(1), alt.value(0.35)),
             tooltip=["component:N", alt.Tooltip("value:Q", format="+.4f")],
         )
         .properties(width=wide * len(columns), height=max(14, min(22, 440 // max(len(rows), 1))) * len(rows))
     )
-    return finish(figure, sets, title=title)
+    return finish(figure, sets, Clicks("component", ("cells",)), title)
