@@ -289,8 +289,7 @@ def show(run: Annotated[Path, typer.Argument(help="A run's folder, or its name i
     """Show a run: what was asked, its state, its results and their checks."""
     from interp.runs import Run
 
-    there = run if run.exists() or not (Path("runs") / run).exists() else Path("runs") / run
-    found = Run.open(there)
+    found = Run.open(_run_folder(run))
     failure = "".join(f"\n  {key}: {value}" for key, value in found.failure.items())
     typer.echo(f"{found.path.name}: {found.state}{failure}\n\nspecification:")
     typer.echo(json.dumps(found.spec, indent=2, ensure_ascii=False))
@@ -309,6 +308,29 @@ def show(run: Annotated[Path, typer.Argument(help="A run's folder, or its name i
     if "completeness" in found.names:
         typer.echo()
         _print(found.load("completeness"))
+
+
+@app.command()
+def explore(
+    run: Annotated[Path | None, typer.Argument(help="A run's folder, or its name in ./runs.")] = None,
+    model: Annotated[str | None, _MODEL] = None,
+    port: Annotated[int, typer.Option(help="The address is http://127.0.0.1:PORT.")] = 8501,
+    window: Annotated[bool, typer.Option("--window/--no-window", help="Open it in the browser.")] = True,
+) -> None:
+    """Look at a live model, or at a saved run, in the browser. Nothing leaves this machine."""
+    from interp.apps.explorer.launch import check, prepare, serve
+
+    folder = None if run is None else _run_folder(run)
+    check(folder, port)
+    _quieten()
+    with _progress(quiet=False) as step:
+        prepare(folder, model, step)
+    typer.echo(f"http://127.0.0.1:{port}  (Ctrl-C ends it)")
+    serve(port, window=window)
+
+
+def _run_folder(run: Path) -> Path:
+    return run if run.exists() or not (Path("runs") / run).exists() else Path("runs") / run
 
 
 def _summary(result: Any) -> str:

@@ -76,3 +76,19 @@ def tiny_run(tokenizer, tmp_path_factory):
         prompts = ({"prompt": "Mary gave the book to", "target": "John", "foil": "Mary"}, {"prompt": "the cat sat on"})
         spec = demo.DemoSpec(model="tiny-words", image_model="tiny-eyes", prompts=prompts)
         return demo.run_demo(spec, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def explorer(monkeypatch, tmp_path, tokenizer):
+    """Open sessions of an explorer on tiny models, with a workshop of its own."""
+    import interp
+    from interp.apps.explorer import desk
+    from tests.apps.explorer_app import PROMPT, App
+    from tests.apps.samples import tiny_load
+
+    desk.workshop.cache_clear()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(interp, "load", tiny_load(tokenizer), raising=False)
+    monkeypatch.setenv("INTERP_EXPLORE_MODEL", "tiny-words")
+    monkeypatch.delenv("INTERP_EXPLORE_RUN", raising=False)
+    return lambda **fields: App(**{"prompt": PROMPT} | fields)

@@ -1,0 +1,44 @@
+"""Page Probes: sweeps, learning curves and transfer of the run that is open."""
+
+import streamlit as st
+
+from interp.apps.explorer import desk
+from interp.apps.explorer.runs import PROBING, opened, result
+from interp.apps.explorer.state import link
+from interp.hooks.errors import InterpError
+from interp.runs import Run
+
+
+def probing(run: Run) -> list[str]:
+    """Names of the run's results of probing."""
+    found = []
+    for name in run.names:
+        try:
+            found += [name] * (type(run.load(name)).__name__ in PROBING)
+        except InterpError:
+            continue  # Page Runs says why it cannot be read.
+    return found
+
+
+def show() -> None:
+    """The page."""
+    found = opened(link()["run"])
+    if found is None:
+        return
+    made, run = found
+    st.subheader(desk.escaped(run.path.name), anchor=False)
+    for name in probing(run):
+        result(made, run, name)
+        loaded = desk.result(made.method("result", "load", name), name)
+        if type(loaded).__name__ == "ProbeSweep":
+            _best(loaded)
+
+
+def _best(sweep) -> None:
+    best = sweep.best()
+    st.caption(
+        f"Chosen inside the training parts: {sweep.metric.replace('_', ' ')} {best['value']:.3f} on data the choice "
+        f"did not see; majority {sweep.majority:.3f}."
+    )
+    with st.expander("Layer by probe, with controls"):
+        st.dataframe(sweep.curve().to_records(), hide_index=True)
