@@ -32,15 +32,20 @@ PAGES = {
 
 def loads(browser, address: str) -> list[tuple[str, float, float]]:
     """Seconds to the first figure and to the last one, for each page in a session of its own."""
-    found = []
+    found, context = [], browser.new_context(viewport={"width": 1440, "height": 1400})
+    warm = context.new_page()  # The page's own scripts are in the browser's cache from then on.
+    warm.goto(address)
+    settled(warm, 600)
+    warm.close()
     for name, fields in PAGES.items():
-        page = browser.new_page(viewport={"width": 1440, "height": 1400})
+        page = context.new_page()
         start = time.perf_counter()
         page.goto(f"{address}/?{urlencode(fields)}")
         page.wait_for_selector(FIGURE, timeout=300_000)
         first = time.perf_counter() - start
         settled(page, 600)
         found.append((name, first, time.perf_counter() - start - 1.0))
+        print(*found[-1], flush=True)
         page.close()
     return found
 
@@ -51,11 +56,14 @@ def interactions(browser, address: str) -> list[tuple[str, float]]:
     page.goto(address)
     settled(page, 600)
     found = []
-    for name, label in (("another layer's patterns", "Layer"), ("the same again, remembered", "Layer")):
+    clicks = (
+        ("another token: new tokens and lens column", "␣Mary", 1), ("a third token", "␣and", 2),
+        ("the first of these again: remembered", "␣Mary", 1),
+    )  # fmt: skip
+    for name, token, position in clicks:
         start = time.perf_counter()
-        page.get_by_role("combobox", name=label).click()
-        page.get_by_role("option", name="1" if name.startswith("another") else "0", exact=True).click()
-        page.wait_for_function("n => location.href.includes('layer=' + n)", arg="1" if "other" in name else "0")
+        page.get_by_text(token, exact=True).first.click()
+        page.wait_for_function("p => location.href.includes('position=' + p)", arg=str(position))
         settled(page, 600)
         found.append((name, time.perf_counter() - start - 1.0))
     page.close()
@@ -75,7 +83,7 @@ def main() -> None:
         "# Times of the explorer", "",
         f"`python -m tests.benchmarks.bench_explorer` on SmolLM2-135M, float32, {platform.machine()} CPU with "
         f"{os.cpu_count()} cores, {threads} threads, load {load:.1f} (other work beside it), headless Chromium on "
-        "the same cores, model loaded beforehand. One run.",
+        "the same cores, model loaded and scripts cached beforehand; a page's times begin at its address. One run.",
         "", "| page | first figure, s | all figures, s |", "|---|---|---|",
         *(f"| {name} | {first:.1f} | {last:.1f} |" for name, first, last in pages),
         "", "| interaction | s |", "|---|---|", *(f"| {name} | {seconds:.1f} |" for name, seconds in clicks), "",
