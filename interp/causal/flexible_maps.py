@@ -97,6 +97,8 @@ class RevNetMap(AlignmentMap):
 
 
 def _branch(x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
+    if x.ndim == 3 == w0.ndim:
+        return torch.baddbmm(b1, torch.relu(torch.baddbmm(b0, x, w0)), w1)
     return torch.relu(x @ w0 + b0) @ w1 + b1
 
 

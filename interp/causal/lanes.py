@@ -89,7 +89,7 @@ class Lanes:
         data = self.data
         base = data.base[rows]
         needed, where = rows_needed(base, data.sources[rows], data.chosen[rows])
-        h = self.acts[:, needed]
+        h = self.acts.index_select(1, needed)
         h = h.expand(len(self), -1, -1) if len(h) == 1 else h if self.which is None else h[self.which]
         return self.answers(swap(tau, h, where, tau.weights(self.mask), len(rows)), rows)
 

@@ -34,13 +34,12 @@ def swap(
     """
     parts = tau.parts()
     z, rest = tau.encode(h, parts)
-    out, start = z[..., :rows, :], rows
-    for k, some in enumerate(where):
-        source = z[..., start : start + len(some), :]
-        start += len(some)
+    out, *sources = z.split([rows, *map(len, where)], -2)
+    for k, (some, source) in enumerate(zip(where, sources, strict=True)):
         if not len(some):
             continue
-        weight, old = weights[..., k, None, :], out.index_select(-2, some)
-        new = torch.where(weight, source, old) if weight.dtype == torch.bool else torch.lerp(old, source, weight.expand_as(old))
+        weight, old = weights[..., k, None, :], out if len(some) == rows else out.index_select(-2, some)
+        hard = weight.dtype == torch.bool
+        new = torch.where(weight, source, old) if hard else torch.lerp(old, source, weight.expand_as(old))
         out = new if len(some) == rows else out.index_copy(-2, some, new)
     return tau.decode(out, None if rest is None else rest[..., :rows, :], parts)
