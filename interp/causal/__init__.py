@@ -1,4 +1,4 @@
-"""Causal abstraction: algorithms aligned with networks by maps, beside their controls. Names resolve when first used."""
+"""Causal abstraction: algorithms aligned with networks by maps, beside their controls."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from interp.causal.training import Fit, Training
 
 __all__ = [
-    "Alignment", "AlignmentMap", "AlignmentReport", "BoundlessMap", "CausalAbstractionWarning", "CausalModel", "Control",
+    "Alignment", "AlignmentMap", "AlignmentReport", "BoundlessMap", "CausalAbstractionWarning", "CausalModel",
+    "Control",
     "DictionaryMap", "Fit", "FixedMap", "IdentityMap", "InterchangeDataset", "InvertibleMap", "LowRankMap",
     "OrthogonalMap", "PCAMap", "Partition", "Pool", "RevNetMap", "Score", "Splits", "Task", "Training", "build_map",
     "codelength", "distributive_law", "hierarchical_equality", "largest_singular_values", "mlp", "nonlinearity",

@@ -56,7 +56,8 @@ class Alignment:
         for variable in partition.variables:
             if variable not in causal_model.variables:
                 raise UnmatchedVariableError(
-                    f"a block for {variable!r}", f"variables of {causal_model.name}: {', '.join(causal_model.variables)}"
+                    f"a block for {variable!r}",
+                    f"variables of {causal_model.name}: {', '.join(causal_model.variables)}",
                 )
         self.model, self.causal_model, self.sites, self.tau = model, causal_model, sites, tau
         self.partition, self.cache = partition, cache
@@ -70,14 +71,14 @@ class Alignment:
 
     def fit(
         self, train: InterchangeDataset | Splits, validation: InterchangeDataset | None = None,
-        training: Training = Training(), *, seed: int = 0, progress: Progress = lambda _: None,
+        training: Training | None = None, *, seed: int = 0, progress: Progress = lambda _: None,
     ) -> Fit:  # fmt: skip
         """Train the map so that swapped runs give the algorithm's labels; keep it at the lowest validation loss.
 
         Args:
             train: Pairs, or splits, whose validation pairs are then taken.
             validation: Pairs that choose the step.
-            training: The budget.
+            training: The budget; by default that of `Training`.
             seed: Of the order of pairs.
             progress: Told of every validation.
 
@@ -90,6 +91,7 @@ class Alignment:
             train, validation = train.train, train.validation
         if validation is None:
             raise DegenerateDataError("no validation pairs", "validation=, pairs that choose the step")
+        training = Training() if training is None else training
         self._same_variables(train)
         self._same_variables(validation)
         self.result = fit_lanes([self.lane], train, validation, training, seed=seed, progress=progress)[0]
@@ -139,7 +141,9 @@ class Alignment:
                 found[name] = arms.permuted(self.partition, self.variables)
         measured = complexity(self.tau, self.lane.stage(named[0]).acts, self.mask) if measure else {}
         fit = asdict(self.result) if self.result else {}
-        report = AlignmentReport(f"{self.tau} at {self.sites}, {self.causal_model.name}", str(training), scores, found, measured, fit)
+        report = AlignmentReport(
+            f"{self.tau} at {self.sites}, {self.causal_model.name}", str(training), scores, found, measured, fit
+        )
         report.warn()
         return report
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float
@@ -59,7 +60,8 @@ def largest_singular_values(
     """Return the largest singular value of the Jacobian of a row-wise function at each row, by power iteration.
 
     Example:
-        >>> largest_singular_values(lambda x: x @ torch.diag(torch.tensor([1.0, 3.0])), torch.ones(2, 2)).round().tolist()
+        >>> scale = torch.diag(torch.tensor([1.0, 3.0]))
+        >>> largest_singular_values(lambda x: x @ scale, torch.ones(2, 2)).round().tolist()
         [3.0, 3.0]
     """
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x)
@@ -95,8 +97,8 @@ def off_distribution(
 ) -> dict[str, float]:
     """Return how far swapped activations h* lie from natural ones, as a multiple of a natural one's own distance.
 
-    The distance is that to the k-th nearest natural activation; ``median`` and ``0.95 quantile`` over pairs. Near 1, the
-    network sees what it is used to.
+    The distance is that to the k-th nearest natural activation; ``median`` and ``0.95 quantile`` over pairs. Near 1,
+    the network sees what it is used to.
 
     Args:
         lane: A trained map at its place.
@@ -116,7 +118,7 @@ def off_distribution(
 
 
 def codelength(
-    lane: Lane, train: InterchangeDataset, validation: InterchangeDataset, training: Training = Training(), *,
+    lane: Lane, train: InterchangeDataset, validation: InterchangeDataset, training: Training | None = None, *,
     blocks: Sequence[float] = (0.0625, 0.125, 0.25, 0.5, 1.0), seed: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """Return the prequential description length of the labels, given the network and this kind of map.
@@ -128,18 +130,21 @@ def codelength(
         lane: The place; its map is not changed.
         train: Pairs, in the order in which they are sent.
         validation: Pairs that choose the step.
-        training: The budget of every fit.
+        training: The budget of every fit; by default that of `Training`.
         blocks: Shares of the pairs at which a map is trained again.
         seed: Of the maps and the order.
 
     Returns:
         ``bits`` in all, ``bits per pair``, and ``compression``, n log₂ |Y| over the bits.
     """
+    training = Training() if training is None else training
     n, labels = len(train), train.causal_model.labels
     ends = [max(1, round(n * share)) for share in blocks]
     total = ends[0] * math.log2(labels)
-    for i, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
-        tau = build_map(lane.tau.spec(), lane.tau.width, seed=seed + i, acts=lane.stage(train).acts, dtype=lane.tau.dtype)
+    for i, (start, end) in enumerate(pairwise(ends)):
+        tau = build_map(
+            lane.tau.spec(), lane.tau.width, seed=seed + i, acts=lane.stage(train).acts, dtype=lane.tau.dtype
+        )
         part = Lane(lane.model, lane.sites, tau, lane.mask, cache=lane.cache, stages=lane.stages)
         fit_lanes([part], train.take(torch.arange(start)), validation, training, seed=seed)
         coded = Lanes([part], train.take(torch.arange(start, end)), training.readout)

@@ -73,7 +73,9 @@ class Arms:
         still = score_lanes([self._like(self.fresh(seeds))], self.test, self.training.readout)[0]
         beside = {"untrained map": still.headline.estimate}
         if self.data is not None:
-            memory = Lanes(lanes, self.data[0].take(torch.arange(min(len(self.data[0]), 20_000))), self.training.readout)
+            memory = Lanes(
+                lanes, self.data[0].take(torch.arange(min(len(self.data[0]), 20_000))), self.training.readout
+            )
             whole = [self.data[0].shuffled(_SEED + s).labels[: len(memory.data)] for s in range(seeds)]
             memory.labels = torch.stack(whole)
             _, right = memory.evaluate(stack([lane.tau for lane in lanes]).eval())
@@ -87,13 +89,17 @@ class Arms:
         """Another algorithm on the same pairs."""
         if wrong is None:
             raise ArgumentError(
-                "controls=('wrong_algorithm',) without wrong=", "another algorithm on the same inputs", "wrong=CausalModel(...)"
+                "controls=('wrong_algorithm',) without wrong=",
+                "another algorithm on the same inputs",
+                "wrong=CausalModel(...)",
             )
         lane = self._like(self.fresh(0))
-        other = None if self.data is None else tuple(d.under(wrong) for d in self.data)
-        for one, its in zip(other or (), self.data or (), strict=True):
-            lane.stages[id(one.pool.inputs)] = self.lane.stage(its)
-        fits = fit_lanes([lane], *other, self.training, seed=self.seed) if other and lane.tau.num_parameters else []
+        fits: list[Fit] = []
+        if self.data is not None and lane.tau.num_parameters:
+            train, validation = (d.under(wrong) for d in self.data)
+            for one, its in zip((train, validation), self.data, strict=True):
+                lane.stages[id(one.pool.inputs)] = self.lane.stage(its)
+            fits = fit_lanes([lane], train, validation, self.training, seed=self.seed)
         score = score_lanes([lane], self.test.under(wrong), self.training.readout)[0]
         return Control("wrong_algorithm", [score.headline.estimate], [f.trained for f in fits] or [True], wrong.name)
 

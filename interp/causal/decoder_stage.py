@@ -61,7 +61,8 @@ class DecoderStage(Stage):
     def _keep(self) -> None:
         """Read keys and values of all tokens but the last, left-padded to one length."""
         batch = self.model.batch(self.pool.inputs, padding_side="left")
-        assert batch.ids is not None and batch.mask is not None
+        assert batch.ids is not None
+        assert batch.mask is not None
         self.ids, self.mask = batch.ids[:, -1:], batch.mask.long()
         self.places = self.mask.cumsum(1) - 1
         self.kept: list[tuple[Tensor, Tensor]] = []
@@ -103,7 +104,7 @@ class DecoderStage(Stage):
         cache = self._new_cache()
         if not self.kept:
             return cache
-        keys, _ = self.kept[0] if self.kept else (None, None)
+        keys, _ = self.kept[0]
         nothing = keys[:1, :1, :, :1].expand(len(rows), -1, -1, -1)
         for layer in range(self.block + 1):
             cache.update(nothing, nothing, layer)
@@ -124,7 +125,8 @@ class _Inject(nn.Module):
 
     def __init__(self, as_tuple: bool):
         super().__init__()
-        self.as_tuple, self.value = as_tuple, None
+        self.as_tuple = as_tuple
+        self.value: Tensor | None = None
 
     def forward(self, hidden, *args, **kwargs):
         value = hidden if self.value is None else self.value
@@ -140,13 +142,14 @@ class _Rows(nn.Module):
 
     def __init__(self, head: nn.Module | None):
         super().__init__()
-        self.whole, self.tokens = head, None
+        self.whole: Any = head
+        self.tokens: Tensor | None = None
         self.narrow = type(head) is nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tokens is None or not self.narrow:
-            return self.whole(x)  # type: ignore[misc]
-        weight, bias = self.whole.weight[self.tokens], self.whole.bias  # type: ignore[union-attr]
+            return self.whole(x)
+        weight, bias = self.whole.weight[self.tokens], self.whole.bias
         out = torch.einsum("bpd,bkd->bpk", x, weight)
         return out if bias is None else out + bias[self.tokens][:, None]
 
@@ -159,7 +162,7 @@ def _shortened(model: Model, block: int) -> tuple[nn.Module, _Inject, _Rows]:
     assert isinstance(blocks, nn.ModuleList)
     as_tuple = _answers_in_tuples(blocks[0])
     inject = _Inject(as_tuple)
-    stand_ins: list[nn.Module] = [_Pass(as_tuple) for _ in range(block)] + [inject]
+    stand_ins: list[nn.Module] = [*(_Pass(as_tuple) for _ in range(block)), inject]
     new = nn.ModuleList([*stand_ins, *list(blocks)[block + 1 :]])
     for one, original in zip(stand_ins, blocks, strict=False):
         _copy_marks(original, one)

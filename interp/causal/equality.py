@@ -41,8 +41,8 @@ def hierarchical_equality(algorithm: EqualityAlgorithm = "both") -> Task:
 
     Args:
         algorithm: ``both`` equalities are computed (variables v1, v2); only the ``left`` one (v1); or the ``first
-            argument`` is carried (variable v, a vector). A source of the last is coupled to its base, since an independent one
-            would almost never equal the base's x2.
+            argument`` is carried (variable v, a vector). A source of the last is coupled to its base, since an
+            independent one would almost never equal the base's x2.
 
     Raises:
         ArgumentError: If there is no such algorithm.

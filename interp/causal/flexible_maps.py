@@ -13,6 +13,8 @@ from interp.hooks.errors import ArgumentError, ShapeMismatchError
 _HOT, _COLD = 50.0, 0.1  # temperatures of a learned partition, at the start and at the end
 _LEAST_BOUNDARY = 0.001
 
+_PARTS = ("0", "0_bias", "1", "1_bias")
+
 
 class RevNetMap(AlignmentMap):
     """A reversible residual network: y1 = x1 + F(x2), y2 = x2 + G(y1) in each block; Gomez et al. 2017.
@@ -59,7 +61,7 @@ class RevNetMap(AlignmentMap):
     def parts(self):
         """For each of F and G the weights of every block."""
         return {
-            name: list(zip(*(self.get_parameter(f"{name}{p}").unbind(-3) for p in ("0", "0_bias", "1", "1_bias"))))
+            name: list(zip(*(self.get_parameter(f"{name}{p}").unbind(-3) for p in _PARTS), strict=True))
             for name in "fg"
         }
 

@@ -144,14 +144,15 @@ class CausalModel:
         whole = not value.is_floating_point() or bool((value == value.round()).all())
         if value.shape != (n,) or not whole or not bool(((value >= 0) & (value < self.labels)).all()):
             raise UnmatchedVariableError(
-                f"{self.name} gives an output of shape {list(value.shape)} with values like {value.flatten()[:3].tolist()}",
+                f"{self.name} gives an output {list(value.shape)} with values like {value.flatten()[:3].tolist()}",
                 f"one label in 0..{self.labels - 1} for each of {n} examples",
                 "the output's function must be defined for every value that its parents can be set to",
             )
         return value.long()
 
     def __repr__(self) -> str:
-        return f"CausalModel({self.name!r}, {', '.join(self.inputs)} -> {', '.join(self.variables)} -> {self.labels} labels)"
+        chain = f"{', '.join(self.inputs)} -> {', '.join(self.variables)} -> {self.labels} labels"
+        return f"CausalModel({self.name!r}, {chain})"
 
 
 def _tensor(name: str, value: Any) -> Tensor:

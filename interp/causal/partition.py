@@ -68,7 +68,9 @@ class Partition:
             UnmatchedVariableError: If a variable has no block.
         """
         if missing := [v for v in variables if v not in self.blocks]:
-            raise UnmatchedVariableError(f"{', '.join(missing)} without a block", "a block for each variable", f"{self}")
+            raise UnmatchedVariableError(
+                f"{', '.join(missing)} without a block", "a block for each variable", f"{self}"
+            )
         found, mask = self.indices(width), torch.zeros(len(variables), width, dtype=torch.bool)
         for row, variable in enumerate(variables):
             mask[row, found[variable]] = True

@@ -6,7 +6,7 @@ from typing import Any
 
 from interp.causal.scoring import Score
 from interp.hooks.errors import UncontrolledError
-from interp.hooks.table import Table
+from interp.hooks.table import Rows, Table
 from interp.intervals import Interval
 
 NEEDED = ("random_model", "shuffle")
@@ -46,7 +46,7 @@ class Control:
 
 
 @dataclass(frozen=True)
-class AlignmentReport:
+class AlignmentReport(Rows):
     """What an alignment was found to do, on held-out pairs.
 
     The accuracy can be read as ``iia`` only if the controls ``random_model`` and ``shuffle`` were run: any algorithm
@@ -148,7 +148,7 @@ class AlignmentReport:
         return "\n".join(lines)
 
     def warn(self) -> None:
-        """Say what a reader must know: a network that is often wrong, an accuracy within a baseline, a strong control."""
+        """Say what a reader must know: a network that errs often, an accuracy within a baseline, a strong control."""
         score = self.scores[0]
         say = lambda text: warnings.warn(f"{self.what}: {text}", CausalAbstractionWarning, stacklevel=3)
         if score.model_accuracy < 0.9:

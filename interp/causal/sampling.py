@@ -62,7 +62,7 @@ class Task:
 
     def sample(
         self, n: int, *, seed: int, split: str = "test", interventions: str | Sequence[Sequence[str]] = "all",
-        flip: float | None | str = "task", inputs: int | None = None,
+        flip: float | str | None = "task", inputs: int | None = None,
     ) -> InterchangeDataset:  # fmt: skip
         """Draw n pairs.
 

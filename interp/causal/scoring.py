@@ -12,11 +12,12 @@ from interp.causal.data import InterchangeDataset
 from interp.causal.lanes import Lane, Lanes, Readout
 from interp.causal.maps import stack
 from interp.hooks.errors import DegenerateDataError
+from interp.hooks.table import Rows
 from interp.intervals import Interval, wilson
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Rows):
     """How often a swapped network answers as the algorithm does, on one split.
 
     Attributes:
@@ -70,7 +71,9 @@ def score_lanes(
         DegenerateDataError: If the split is the training split: an alignment is reported on held-out pairs only.
     """
     if data.split == "train":
-        raise DegenerateDataError("IIA on the training pairs", "a split that was held out", "evaluate on the test pairs")
+        raise DegenerateDataError(
+            "IIA on the training pairs", "a split that was held out", "evaluate on the test pairs"
+        )
     together = Lanes(lanes, data, readout)
     _, right = together.evaluate(stack([lane.tau for lane in lanes]).eval())
     known = {id(lane.stage(data)): _Facts(together, i) for i, lane in enumerate(lanes)}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from interp.causal.data import Pool
 from interp.hooks import guards
-from interp.hooks.errors import ShapeMismatchError, SiteError, SiteNotFoundError
+from interp.hooks.errors import PositionError, ShapeMismatchError, SiteError, SiteNotFoundError
 from interp.hooks.interventions import Context, Intervention
 from interp.hooks.model import Model, main_tensor
 from interp.hooks.plans import resolve_plan
@@ -71,6 +71,7 @@ class HookStage(Stage):
             plan.append(_Put(site, h[:, start : start + width]))
             start += width
         edits = resolve_plan(self.model, batch, plan)
+        output: Any = None
         with frozen(self.model.module), Session(self.model.module, [], edits, size=batch.size, extent=batch.extent):
             output = self.model.forward(batch)
         return picked(last_logits(self.model, batch, output), candidates)
@@ -125,7 +126,7 @@ def rest_of_chain(module: nn.Module, site: Site) -> nn.Sequential | None:
         names = list(module._modules)
         if name not in names:
             return None
-        behind = [m for m in list(module)[names.index(name) + 1 :]] + behind
+        behind = [*list(module)[names.index(name) + 1 :], *behind]
         module = module._modules[name]  # type: ignore[assignment]
     return nn.Sequential(*behind)
 
@@ -173,15 +174,11 @@ def read(model: Model, sites: Sequence[Site], pool: Pool) -> Float[Tensor, "m wi
         inputs = pool.take(rows)
         try:
             values = model.capture(inputs, list(map(str, sites)))
-        except (SiteError, ValueError) as error:
-            if isinstance(error, ShapeMismatchError) or not hasattr(error, "given"):
-                raise
-            raise SiteNotFoundError(error.given, error.needed, error.do) from error  # type: ignore[attr-defined]
+        except (SiteError, PositionError) as error:
+            raise SiteNotFoundError(error.given, error.needed, error.do) from error
         for site in sites:
             if model.reader.kind == "tokens" and site.positions is None:
-                raise ShapeMismatchError(
-                    f"site {site} of a language model", "a position", f"for example {site}@last"
-                )
+                raise ShapeMismatchError(f"site {site} of a language model", "a position", f"for example {site}@last")
         found.append(torch.cat([values[str(s)].flatten(1) for s in sites], 1))
     acts = torch.cat(found)
     return acts if acts.dtype == torch.float64 else acts.float()

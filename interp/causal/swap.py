@@ -20,9 +20,7 @@ def rows_needed(
     return torch.cat([base, *(sources[rows, k] for k, rows in enumerate(where))]), where
 
 
-def swap(
-    tau: AlignmentMap, h: Tensor, where: Sequence[Tensor], weights: Tensor, rows: int
-) -> Tensor:
+def swap(tau: AlignmentMap, h: Tensor, where: Sequence[Tensor], weights: Tensor, rows: int) -> Tensor:
     """Return h* = τ⁻¹(z*) of the bases, where z* takes block k from source k and everything else from the base.
 
     Args:
