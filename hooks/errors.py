@@ -138,3 +138,31 @@ class ErasureError(InterpError, ArithmeticError):
 
 class ProbeFileError(InterpError, ValueError):
     """A probe file that cannot be read or trusted."""
+
+
+class CausalAbstractionError(InterpError, ValueError):
+    """Root of what can go wrong when a causal model is aligned with a network."""
+
+
+class SiteNotFoundError(CausalAbstractionError, SiteError):
+    """An alignment's site that the network does not have, or that never ran."""
+
+
+class ShapeMismatchError(CausalAbstractionError):
+    """A map, a partition, a site and pairs whose sizes do not fit together."""
+
+
+class UnmatchedVariableError(CausalAbstractionError):
+    """A variable without a node, a block, a source or a legal value."""
+
+
+class NonInvertibleMapError(CausalAbstractionError, ArithmeticError):
+    """An alignment map that does not undo itself on real activations."""
+
+
+class DegenerateDataError(CausalAbstractionError):
+    """Pairs from which nothing can be concluded: empty, without flips, or leaking between splits."""
+
+
+class UncontrolledError(CausalAbstractionError):
+    """An interchange intervention accuracy that is read without the controls that give it a meaning."""

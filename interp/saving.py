@@ -37,7 +37,7 @@ _TYPES = {
     "FeatureJacobians": "interp.jacobians.features",
     "FeatureVector": "interp.propagation.feature_vectors",
     "HeadNorms": "interp.data_free",
-    "Interval": "interp.probes.intervals",
+    "Interval": "interp.intervals",
     "JacobianLens": "interp.jacobian_lens",
     "JacobianMean": "interp.jacobians.means",
     "JacobianSummary": "interp.jacobians.reductions",

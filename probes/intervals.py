@@ -1,43 +1,18 @@
-"""Intervals and tests: cluster bootstrap, Wilson, McNemar, permutation p-values."""
+"""Intervals and tests: cluster bootstrap, McNemar, permutation p-values; Wilson's is shared by all rooms."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from interp.hooks.errors import ArgumentError
-from interp.hooks.table import Rows
+from interp.intervals import Interval, wilson
 from interp.probes.estimator import check_lengths
 
+__all__ = ["DRAWS", "Interval", "bootstrap_ci", "cluster_members", "mcnemar", "permutation_p", "wilson"]
+
 DRAWS = 2000
-
-
-@dataclass(frozen=True)
-class Interval(Rows):
-    """An estimate with its interval.
-
-    Attributes:
-        estimate: On the data as they are.
-        low: Lower end.
-        high: Upper end.
-        level: Coverage that is aimed at.
-        method: How it was made.
-    """
-
-    estimate: float
-    low: float
-    high: float
-    level: float
-    method: str
-
-    def to_records(self) -> list[dict[str, Any]]:
-        """One row."""
-        return [asdict(self)]
-
-    def __str__(self) -> str:
-        return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def bootstrap_ci(
@@ -109,26 +84,6 @@ def cluster_members(n: int, groups: Any) -> list[np.ndarray]:
     if len(members) < 2:
         raise ArgumentError(f"{len(members)} independent examples or groups", "at least 2")
     return members
-
-
-def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
-    """Wilson's interval of a share of independent successes.
-
-    Raises:
-        ArgumentError: If n is not positive, or the successes are not among 0..n.
-
-    Example:
-        >>> str(wilson(8, 10))
-        '0.800 [0.490, 0.943]'
-    """
-    from scipy.stats import norm
-
-    if n < 1 or not 0 <= successes <= n:
-        raise ArgumentError(f"{successes} of {n}", "0 to n successes, n at least 1")
-    z, share = float(norm.ppf((1 + level) / 2)), successes / n
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return Interval(share, float(centre - half), float(centre + half), level, f"Wilson, n = {n}")
 
 
 def mcnemar(right: Bool[np.ndarray, "n"], other: Bool[np.ndarray, "n"]) -> float:

@@ -1,0 +1,67 @@
+"""Causal abstraction: algorithms aligned with networks by maps, beside their controls."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "interp.causal.alignment": ["Alignment"],
+    "interp.causal.complexity": ["codelength", "largest_singular_values", "nonlinearity", "off_distribution"],
+    "interp.causal.data": ["InterchangeDataset", "Pool", "Splits"],
+    "interp.causal.equality": ["distributive_law", "hierarchical_equality"],
+    "interp.causal.flexible_maps": ["BoundlessMap", "DictionaryMap", "RevNetMap", "build_map"],
+    "interp.causal.maps": [
+        "AlignmentMap", "FixedMap", "IdentityMap", "InvertibleMap", "LowRankMap", "OrthogonalMap", "PCAMap",
+    ],
+    "interp.causal.models": ["CausalModel"],
+    "interp.causal.networks": ["mlp", "train_mlps", "untrained"],
+    "interp.causal.partition": ["Partition"],
+    "interp.causal.report": ["AlignmentReport", "CausalAbstractionWarning", "Control"],
+    "interp.causal.sampling": ["Task"],
+    "interp.causal.scoring": ["Score"],
+    "interp.causal.training": ["Fit", "Training"],
+}  # fmt: skip
+_NAMES = {name: home for home, names in _HOME.items() for name in names}
+
+if TYPE_CHECKING:
+    from interp.causal.alignment import Alignment
+    from interp.causal.complexity import codelength, largest_singular_values, nonlinearity, off_distribution
+    from interp.causal.data import InterchangeDataset, Pool, Splits
+    from interp.causal.equality import distributive_law, hierarchical_equality
+    from interp.causal.flexible_maps import BoundlessMap, DictionaryMap, RevNetMap, build_map
+    from interp.causal.maps import (
+        AlignmentMap,
+        FixedMap,
+        IdentityMap,
+        InvertibleMap,
+        LowRankMap,
+        OrthogonalMap,
+        PCAMap,
+    )
+    from interp.causal.models import CausalModel
+    from interp.causal.networks import mlp, train_mlps, untrained
+    from interp.causal.partition import Partition
+    from interp.causal.report import AlignmentReport, CausalAbstractionWarning, Control
+    from interp.causal.sampling import Task
+    from interp.causal.scoring import Score
+    from interp.causal.training import Fit, Training
+
+__all__ = [
+    "Alignment", "AlignmentMap", "AlignmentReport", "BoundlessMap", "CausalAbstractionWarning", "CausalModel",
+    "Control",
+    "DictionaryMap", "Fit", "FixedMap", "IdentityMap", "InterchangeDataset", "InvertibleMap", "LowRankMap",
+    "OrthogonalMap", "PCAMap", "Partition", "Pool", "RevNetMap", "Score", "Splits", "Task", "Training", "build_map",
+    "codelength", "distributive_law", "hierarchical_equality", "largest_singular_values", "mlp", "nonlinearity",
+    "off_distribution", "train_mlps", "untrained",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        value = getattr(importlib.import_module(_NAMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'interp.causal' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_NAMES})
