@@ -8,11 +8,13 @@ _HOME = {
     "interp.causal.complexity": ["codelength", "largest_singular_values", "nonlinearity", "off_distribution"],
     "interp.causal.data": ["InterchangeDataset", "Pool", "Splits"],
     "interp.causal.equality": ["distributive_law", "hierarchical_equality"],
+    "interp.causal.files": ["SavedAlignment", "load_alignment", "save_alignment"],
     "interp.causal.flexible_maps": ["BoundlessMap", "DictionaryMap", "RevNetMap", "build_map"],
     "interp.causal.maps": [
         "AlignmentMap", "FixedMap", "IdentityMap", "InvertibleMap", "LowRankMap", "OrthogonalMap", "PCAMap",
     ],
     "interp.causal.models": ["CausalModel"],
+    "interp.causal.names": ["indirect_object", "indirect_object_splits"],
     "interp.causal.networks": ["mlp", "train_mlps", "untrained"],
     "interp.causal.partition": ["Partition"],
     "interp.causal.report": ["AlignmentReport", "CausalAbstractionWarning", "Control"],
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from interp.causal.complexity import codelength, largest_singular_values, nonlinearity, off_distribution
     from interp.causal.data import InterchangeDataset, Pool, Splits
     from interp.causal.equality import distributive_law, hierarchical_equality
+    from interp.causal.files import SavedAlignment, load_alignment, save_alignment
     from interp.causal.flexible_maps import BoundlessMap, DictionaryMap, RevNetMap, build_map
     from interp.causal.maps import (
         AlignmentMap,
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
         PCAMap,
     )
     from interp.causal.models import CausalModel
+    from interp.causal.names import indirect_object, indirect_object_splits
     from interp.causal.networks import mlp, train_mlps, untrained
     from interp.causal.partition import Partition
     from interp.causal.report import AlignmentReport, CausalAbstractionWarning, Control
@@ -47,11 +51,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Alignment", "AlignmentMap", "AlignmentReport", "BoundlessMap", "CausalAbstractionWarning", "CausalModel",
-    "Control",
-    "DictionaryMap", "Fit", "FixedMap", "IdentityMap", "InterchangeDataset", "InvertibleMap", "LowRankMap",
-    "OrthogonalMap", "PCAMap", "Partition", "Pool", "RevNetMap", "Score", "Splits", "Task", "Training", "build_map",
-    "codelength", "distributive_law", "hierarchical_equality", "largest_singular_values", "mlp", "nonlinearity",
-    "off_distribution", "train_mlps", "untrained",
+    "Control", "DictionaryMap", "Fit", "FixedMap", "IdentityMap", "InterchangeDataset", "InvertibleMap", "LowRankMap",
+    "OrthogonalMap", "PCAMap", "Partition", "Pool", "RevNetMap", "SavedAlignment", "Score", "Splits", "Task",
+    "Training", "build_map", "codelength", "distributive_law", "hierarchical_equality", "indirect_object",
+    "indirect_object_splits", "largest_singular_values", "load_alignment", "mlp", "nonlinearity", "off_distribution",
+    "save_alignment", "train_mlps", "untrained",
 ]  # fmt: skip
 
 

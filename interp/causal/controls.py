@@ -16,7 +16,7 @@ from interp.causal.partition import Partition
 from interp.causal.report import Control
 from interp.causal.scoring import Score, score_lanes
 from interp.causal.training import Fit, Progress, Training, fit_lanes
-from interp.hooks.errors import ArgumentError
+from interp.hooks.errors import ArgumentError, DegenerateDataError
 from interp.hooks.model import Model
 
 ControlName = Literal["random_model", "shuffle", "wrong_algorithm", "permuted"]
@@ -93,6 +93,11 @@ class Arms:
                 "another algorithm on the same inputs",
                 "wrong=CausalModel(...)",
             )
+        test = self.test.under(wrong)
+        if len(test.labels.unique()) < 2:
+            raise DegenerateDataError(
+                f"wrong algorithm {wrong.name} with one label on all test pairs", "an algorithm with several labels"
+            )
         lane = self._like(self.fresh(0))
         fits: list[Fit] = []
         if self.data is not None and lane.tau.num_parameters:
@@ -100,7 +105,7 @@ class Arms:
             for one, its in zip((train, validation), self.data, strict=True):
                 lane.stages[id(one.pool.inputs)] = self.lane.stage(its)
             fits = fit_lanes([lane], train, validation, self.training, seed=self.seed)
-        score = score_lanes([lane], self.test.under(wrong), self.training.readout)[0]
+        score = score_lanes([lane], test, self.training.readout)[0]
         return Control("wrong_algorithm", [score.headline.estimate], [f.trained for f in fits] or [True], wrong.name)
 
     def permuted(self, partition: Partition, variables: Sequence[str]) -> Control:

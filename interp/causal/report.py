@@ -17,7 +17,7 @@ class CausalAbstractionWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class Control:
+class Control(Rows):
     """One control arm.
 
     Attributes:
@@ -33,6 +33,11 @@ class Control:
     trained: list[bool]
     note: str
     beside: dict[str, float] = field(default_factory=dict)
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """One row for each seed."""
+        pairs = zip(self.values, self.trained, strict=True)
+        return [{"control": self.name, "value": v, "trained": t} for v, t in pairs]
 
     @property
     def value(self) -> float:

@@ -31,7 +31,8 @@ class Score(Rows):
         by: Accuracy for each set of intervened variables, and for each item of a group that was asked for.
         model_accuracy: Of the network on the bases, without intervention.
         with_empty: Accuracy with the empty intervention as one more, equally likely set.
-        where_right: Accuracy on pairs for which the network is right on the base and the sources, and their number.
+        where_right: Accuracy on pairs for which the network is right on the base and the sources.
+        n_right: Number of such pairs.
         baselines: ``do nothing``, ``full swap`` (all of h from the first source), ``best constant`` (for each set).
     """
 
@@ -44,7 +45,8 @@ class Score(Rows):
     by: dict[str, float] = field(repr=False)
     model_accuracy: float
     with_empty: float
-    where_right: tuple[float | None, int]
+    where_right: float | None
+    n_right: int
     baselines: dict[str, float]
 
     def to_records(self) -> list[dict[str, Any]]:
@@ -52,7 +54,7 @@ class Score(Rows):
         row = {"split": self.split, "n": self.n, "headline": self.headline.estimate, "low": self.headline.low}
         row |= {"high": self.headline.high, "plain": self.plain, "flip": self.flip, "stay": self.stay}
         row |= {"model accuracy": self.model_accuracy, "with empty": self.with_empty}
-        row |= {"where model is right": self.where_right[0]}
+        row |= {"where model is right": self.where_right}
         return [row | self.baselines | {f"by {name}": value for name, value in self.by.items()}]
 
 
@@ -126,7 +128,7 @@ def _score(data: InterchangeDataset, right: Bool[Tensor, "n"], facts: _Facts, by
     plain, accuracy, sets = float(right.float().mean()), float(model_right.float().mean()), len(codes)
     return Score(
         data.split, n, _headline(right, flips), plain, share(flips), share(~flips), parts, accuracy,
-        (sets * plain + accuracy) / (sets + 1), (share(fair), int(fair.sum())),
+        (sets * plain + accuracy) / (sets + 1), share(fair), int(fair.sum()),
         {"do nothing": facts.nothing, "full swap": facts.full_swap, "best constant": constant},
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from interp.causal.data import InterchangeDataset
 from interp.causal.lanes import Lane, Lanes, Readout
 from interp.causal.maps import AlignmentMap, refuse_not_invertible, stack, unstack
 from interp.hooks.errors import ArgumentError, NonInvertibleMapError
+from interp.hooks.table import Rows
 
 Progress = Callable[[str], None]
 _LEFT_CHANCE = 0.02  # a validation loss that far below a constant guess's has left the plateau
@@ -71,7 +72,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Fit:
+class Fit(Rows):
     """How one map was trained.
 
     Attributes:
@@ -93,6 +94,10 @@ class Fit:
     round_trip: float
     seconds: float
     losses: list[float] = field(default_factory=list, repr=False)
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """One row."""
+        return [{name: value for name, value in vars(self).items() if name != "losses"}]
 
 
 class _Adam:

@@ -12,13 +12,16 @@ from interp.causal import (
     Alignment,
     AlignmentReport,
     CausalAbstractionWarning,
+    CausalModel,
     FixedMap,
     IdentityMap,
     OrthogonalMap,
     Partition,
     Training,
     hierarchical_equality,
+    load_alignment,
     mlp,
+    save_alignment,
 )  # fmt: skip
 from interp.causal.maps import random_orthogonal
 from interp.hooks.errors import (
@@ -29,6 +32,7 @@ from interp.hooks.errors import (
     UncontrolledError,
     UnmatchedVariableError,
 )  # fmt: skip
+from interp.saving import load_result, save_result
 
 TASK = hierarchical_equality("both")
 BLOCKS = {"v1": [0, 1], "v2": [2, 3]}
@@ -125,8 +129,6 @@ def test_controls_of_a_trained_map_reach_little(splits, turned):
 
 def wrong_algorithm():
     """The same inputs, but v1 says whether the first and third vector have the same sign at 0."""
-    from interp.causal import CausalModel
-
     crossed = lambda x, y: (x[:, 0] > 0) == (y[:, 0] > 0)
     return CausalModel(
         ["x1", "x2", "x3", "x4"], {"v1": (["x1", "x3"], crossed), "v2": (["x2", "x4"], crossed)},
@@ -192,6 +194,52 @@ def test_the_same_seed_gives_the_same_map(splits):
         one.fit(splits, training=Training(steps=40, batch_size=128))
         fits.append(one.tau(torch.eye(4)))
     assert torch.equal(*fits)
+
+
+# Files ---
+
+
+def test_a_saved_alignment_is_the_same_and_goes_on(turned, splits, tmp_path):
+    turn, trained = turned
+    save_alignment(trained, tmp_path / "map")
+    found = load_alignment(tmp_path / "map", interp.attach(written(turn)), TASK.causal_model)
+    scores = [a.evaluate(splits, controls=(), measure=False).scores[0] for a in (trained, found)]
+    assert scores[0] == scores[1]
+    assert found.training == trained.training
+    assert found.result == trained.result
+    found.fit(splits, training=Training(steps=30, batch_size=64, lr=1e-2))
+    w = found.tau(torch.eye(4))
+    torch.testing.assert_close(w @ w.mT, torch.eye(4), atol=1e-5, rtol=0)
+
+
+def test_a_report_is_read_back_with_its_controls(splits, tmp_path):
+    report = align(written(), IdentityMap(4)).evaluate(splits, seeds=1, restarts=1)
+    save_result(report, tmp_path / "report")
+    assert repr(load_result(tmp_path / "report")) == repr(report)
+
+
+def test_a_wrong_algorithm_with_one_label_is_refused(splits):
+    constant = CausalModel(
+        ["x1", "x2", "x3", "x4"], {"v1": (["x1"], lambda x: x[:, 0] > 0), "v2": (["x2"], lambda x: x[:, 0] > 0)},
+        (["v1", "v2"], lambda a, b: a & ~a), name="constant",
+    )  # fmt: skip
+    with pytest.raises(DegenerateDataError, match="constant"):
+        align(written(), IdentityMap(4)).evaluate(splits, controls=("wrong_algorithm",), wrong=constant)
+
+
+def test_a_saved_alignment_of_another_algorithm_is_refused(turned, tmp_path):
+    save_alignment(turned[1], tmp_path / "map")
+    with pytest.raises(UnmatchedVariableError, match=r"'left equality'.*both equalities"):
+        load_alignment(tmp_path / "map", interp.attach(written()), hierarchical_equality("left").causal_model)
+    save_result(splits_row(), tmp_path / "other")
+    with pytest.raises(ArgumentError, match="Table"):
+        load_alignment(tmp_path / "other", interp.attach(written()), TASK.causal_model)
+
+
+def splits_row():
+    from interp.hooks.table import Table
+
+    return Table([{"a": 1}])
 
 
 # Refusals ---
