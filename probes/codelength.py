@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from interp.hooks.errors import ArgumentError
 from interp.hooks.table import Rows, Table
+from interp.probes.estimator import check_lengths
 from interp.probes.fitting import as_numbers, fit, probabilities, take
 from interp.probes.scores import FLOOR
 
@@ -74,7 +75,7 @@ class Codelength(Rows):
 
 
 def online_codelength(
-    probe: Any, X: Any, y: Any, *, shares: Sequence[float] = SHARES, orders: int = 3, seed: int = 0
+    probe: Any, X: Any, y: Any, *, groups: Any = None, shares: Sequence[float] = SHARES, orders: int = 3, seed: int = 0
 ) -> Codelength:
     """Send the labels block by block, each with a probe fitted on the blocks before it.
 
@@ -83,16 +84,22 @@ def online_codelength(
     Blocks end at the given shares of the data; leading ones below max(16, 2 K) labels join the next. Orders are random
     but for two members of each class in the first block. Probabilities are at least 1e-6, and sum to one.
 
+    With groups an order is one of whole groups, two with each class first, and the first block is at least as long as
+    these. A group that the end of a block cuts is left out of the fit for the next block: no block is sent with a
+    probe that saw one of its groups.
+
     Args:
         probe: Any classifier with probabilities.
         X: Features.
         y: Labels.
+        groups: [n]: document, speaker, template. None: each example is its own.
         shares: Ends of the blocks, rising to 1.
         orders: Random orders that are averaged.
         seed: Of the orders.
 
     Raises:
-        ArgumentError: If there are too few examples for two blocks, or the shares do not rise to 1.
+        ArgumentError: If there are too few examples for two blocks, a class in fewer than two groups, the shares do
+            not rise to 1, or groups are not as many as labels.
 
     Example:
         >>> from sklearn.dummy import DummyClassifier
@@ -111,19 +118,47 @@ def online_codelength(
             f"{n} labels of {k} classes, the rarest {np.bincount(numbers).min() if n else 0} times",
             f"two blocks of at least {least} labels, two classes, each twice",
         )  # fmt: skip
-    found = [_one_order(probe, X, numbers, k, ends, seed + order) for order in range(orders)]
+    generators = [np.random.default_rng(seed + i) for i in range(orders)]
+    if groups is None:
+        drawn = [_order(numbers, k, ends[0], generator) for generator in generators]
+    else:
+        check_lengths(n, groups=groups)
+        groups = np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
+        pairs = [_grouped_order(numbers, k, groups, generator) for generator in generators]
+        drawn, longest = [order for order, _ in pairs], max(lead for _, lead in pairs)
+        ends = [end for end in ends if end >= longest]
+        if len(ends) < 2:
+            raise ArgumentError(f"{longest} of {n} labels in two groups of each class", "two blocks", "smaller groups")
+    found = [_one_order(probe, X, numbers, k, ends, order, groups, seed + i) for i, order in enumerate(drawn)]
     return Codelength(n, k, ends, np.array(found))
 
 
-def _one_order(probe: Any, X: Any, y: np.ndarray, k: int, ends: list[int], seed: int) -> list[float]:
-    order = _order(y, k, ends[0], np.random.default_rng(seed))
+def _one_order(
+    probe: Any, X: Any, y: np.ndarray, k: int, ends: list[int], order: np.ndarray, groups: np.ndarray | None, seed: int
+) -> list[float]:
     bits = [ends[0] * math.log2(k)]
     for start, end in pairwise(ends):
-        made = fit(probe, take(X, order[:start]), y[order[:start]], seed=seed)
+        known = order[:start]
+        if groups is not None:
+            known = known[~np.isin(groups[known], groups[order[start:end]])]
+        made = fit(probe, take(X, known), y[known], None if groups is None else groups[known], seed)
         p = np.maximum(probabilities(made, take(X, order[start:end]), k), FLOOR)
         p = p / p.sum(1, keepdims=True)
         bits.append(float(-np.log2(p[np.arange(end - start), y[order[start:end]]]).sum()))
     return bits
+
+
+def _grouped_order(y: np.ndarray, k: int, groups: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, int]:
+    """Examples group by group, and how many are in the groups that lead."""
+    names = generator.permutation(int(groups.max()) + 1)
+    having = [names[np.isin(names, groups[y == label])] for label in range(k)]
+    if (fewest := min(len(own) for own in having)) < 2:
+        raise ArgumentError(f"a class in {fewest} group", "each class in two groups or more")
+    lead = np.unique(np.concatenate([own[:2] for own in having]))
+    names = np.concatenate([lead, names[~np.isin(names, lead)]])
+    rank = np.empty(len(names), dtype=int)
+    rank[names] = np.arange(len(names))
+    return np.argsort(rank[groups], kind="stable"), int(np.isin(groups, lead).sum())
 
 
 def _order(y: np.ndarray, k: int, first: int, generator: np.random.Generator) -> np.ndarray:

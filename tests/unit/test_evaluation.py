@@ -334,6 +334,43 @@ def test_every_class_is_in_the_first_block():
     assert math.isfinite(online_codelength(LogisticProbe(C="cv"), task(400)[0], y, orders=1).bits)
 
 
+def test_what_members_of_a_group_share_does_not_shorten_a_code_with_groups():
+    names = np.repeat(np.arange(60), 7)
+    generator = np.random.default_rng(0)
+    y = generator.permutation(np.arange(60) % 2)[names]
+    x = generator.normal(size=(60, 80))[names]
+    probe = LogisticProbe(C=0.1)
+    assert online_codelength(probe, x, y).bits < 0.7 * len(y)
+    found = online_codelength(probe, x, y, groups=names)
+    assert found.bits > 0.95 * len(y)
+    assert found.ends[0] >= 4 * 7 - 7
+    assert found.ends[-1] == len(y)
+
+
+def test_no_block_is_sent_by_a_probe_that_saw_its_groups():
+    names = np.random.default_rng(1).integers(0, 40, 300)
+    fitted, sent = [], []
+
+    class Spy(DummyClassifier):
+        def fit(self, x, y):
+            fitted.append(set(x[:, 0]))
+            return super().fit(x, y)
+
+        def predict_proba(self, x):
+            sent.append(set(x[:, 0]))
+            return super().predict_proba(x)
+
+    online_codelength(Spy(strategy="prior"), names[:, None].astype(float), np.arange(300) % 3, groups=names)
+    assert len(sent) >= 6
+    assert all(not (a & b) for a, b in zip(fitted, sent, strict=True))
+
+
+@pytest.mark.parametrize("groups", [[0] * 100, list(range(99)), [0, 1] * 50, [i // 34 for i in range(100)]])
+def test_groups_too_few_for_a_code_are_refused(groups):
+    with pytest.raises(ArgumentError):
+        online_codelength(Uniform(), np.zeros((100, 1)), [0, 1] * 50, groups=groups, shares=(0.3, 0.5, 1.0))
+
+
 @pytest.mark.parametrize(("y", "more"), [
     ([0, 1] * 8, {}), ([0] * 99 + [1], {}), ([0, 1] * 50, {"shares": (0.5,)}), ([0, 1] * 50, {"orders": 0}),
     ([0, 1] * 50, {"shares": (0.5, 0.2, 1.0)}),
