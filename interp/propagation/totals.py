@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -52,8 +53,10 @@ class Totals(Rows, Mapping[str, Tensor]):
 
     def __getitem__(self, site: SiteLike) -> Tensor:
         if str(site) not in self.covectors:
-            near = ", ".join(list(self.covectors)[:4])
-            raise SiteError(f"totals at {site}", f"one of {near}, ...", "name it in sites=")
+            near = get_close_matches(str(site), list(self.covectors), 3)
+            some = ", ".join(near or list(self.covectors)[:4])
+            hint = f"did you mean {some}? " if near else ""
+            raise SiteError(f"totals at {site}", f"one of {some}, ...", f"{hint}Or name it in sites=")
         return self.covectors[str(site)]
 
     def __contains__(self, site: object) -> bool:

@@ -21,6 +21,15 @@ def test_scores_of_attention_are_the_same(name, engine, tokenizer, bridge_packag
     assert found.score == pytest.approx(wanted.score, rel=1e-3, abs=1e-3)
     if engine != "compatibility mode":
         torch.testing.assert_close(found.matrix, wanted.matrix, rtol=1e-4, atol=1e-4)
+        sides = [pulled(model, ids) for model in models]
+        for part, value in sides[1].items():
+            torch.testing.assert_close(sides[0][part], value.to(sides[0][part]), rtol=1e-4, atol=1e-4, msg=part)
+
+
+def pulled(model, ids):
+    """What the exact gradient of one readout is at patterns and at the embedding."""
+    totals = interp.propagate_all(model, interp.Observable.logit_diff(model, 3, 7), ids, linearization="exact")
+    return {"effects": interp.pattern_effects(totals, 1), "gradient": totals["hook_embed"]}
 
 
 def linearised(model, ids):
