@@ -15,7 +15,7 @@ REFUSED |= {("bert", name): "SiteUnavailableError" for name in identities.IDENTI
 REFUSED |= {
     ("gpt-neo", "TransformerBridge"): "UnknownFamilyError", ("gpt-neo", "compatibility mode"): "UnknownFamilyError",
     ("phi", "compatibility mode"): "RuntimeError of the engine", ("phi3", "TransformerBridge"): "SiteError",
-    ("phi3", "compatibility mode"): "SiteError", ("mixtral", "TransformerBridge"): "UnsupportedOpError",
+    ("phi3", "compatibility mode"): "SiteError",
     ("cohere", "compatibility mode"): "ArgumentError",
 }  # fmt: skip
 
