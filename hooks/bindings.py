@@ -249,16 +249,24 @@ class Bindings:
             )
         elif layout.mlp_pre:
             what = "gate's pre-activation" if layout.mlp_up else "pre-activation"
-            self._add(f"{name}.mlp.hook_pre", layout.block(layer, layout.mlp_pre), "out", Whole(), axes, what)
+            self._add(f"{name}.mlp.hook_pre", *self._side(layer, layout.mlp_pre, "out"), Whole(), axes, what)
         if layout.mlp_up:
-            path = layout.block(layer, layout.mlp_up)
-            self._add(f"{name}.mlp.hook_pre_linear", path, "out", Whole(), axes, "factor that is gated")
+            side = self._side(layer, layout.mlp_up, "out")
+            self._add(f"{name}.mlp.hook_pre_linear", *side, Whole(), axes, "factor that is gated")
         if layout.mlp_down:
-            path = layout.block(layer, layout.mlp_down)
-            self._add(f"{name}.mlp.hook_post", path, "in", Whole(), axes, "neurons, after activation and gate")
+            side = self._side(layer, layout.mlp_down, "in")
+            self._add(f"{name}.mlp.hook_post", *side, Whole(), axes, "neurons, after activation and gate")
         out = layout.block(layer, layout.mlp or layout.mlp_down or "")
         self._add(f"{name}.mlp.hook_out", out, "out", Whole(), STREAM, "output of the MLP, with bias")
         self._branch(layer, f"{name}.hook_mlp_out", out, layout.ln2_post, f"{name}.ln2_post", "the MLP")
+
+    def _side(self, layer: int, part: str, side: Literal["in", "out"]) -> tuple[str, Literal["in", "out"]]:
+        """Where an MLP's projection is seen: a bridge in compatibility mode calls hook points, not modules."""
+        path = self.layout.block(layer, part)
+        mlp = child(self.module, self.layout.block(layer, self.layout.mlp)) if self.layout.mlp else None
+        if getattr(mlp, "_use_processed_weights", False) and hasattr(child(self.module, path), f"hook_{side}"):
+            return f"{path}.hook_{side}", "out"
+        return path, side
 
     def _model_exit(self) -> None:
         if self.layout.final_norm:

@@ -59,8 +59,10 @@ def once(model: "Model") -> None:
 def _key(model: "Model") -> str:
     config = model.config
     text = config.to_json_string() if hasattr(config, "to_json_string") else repr(config)
+    # A bridge in compatibility mode runs other code in the same modules, on other weights.
     kinds = " ".join(
         f"{name}:{type(m).__module__}.{type(m).__qualname__}{':patched' * ('forward' in m.__dict__)}"
+        f"{':processed' * bool(m.__dict__.get('_use_processed_weights'))}"
         for name, m in model.module.named_modules()
     )
     return hashlib.sha256(f"{kinds} {model.layout} {model.dtype} {text}".encode()).hexdigest()

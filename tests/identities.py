@@ -307,11 +307,9 @@ are compared.
 {engines}
 
 - A bridge of GPT-Neo or Phi-3 has modules of its own in the place of the model's, which no layout names, or which do
-  not run. A bridge's norms compute their divisor without gradients, so that a mixture of experts has no backward pass
-  there. In these cases pass the Hugging Face model.
+  not run: pass the Hugging Face model.
 - `... of the engine`: TransformerLens itself fails on this model in compatibility mode.
-- Cohere multiplies its logits, and compatibility mode changes where: what is measured is no longer n · logits, and that
-  is refused.
+- Cohere multiplies its logits, and compatibility mode changes where, which the verification of the layout sees.
 """
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ REFUSED |= {
     ("gpt-neo", "TransformerBridge"): "UnknownFamilyError", ("gpt-neo", "compatibility mode"): "UnknownFamilyError",
     ("phi", "compatibility mode"): "RuntimeError of the engine", ("phi3", "TransformerBridge"): "SiteError",
     ("phi3", "compatibility mode"): "SiteError",
-    ("cohere", "compatibility mode"): "ArgumentError",
+    ("cohere", "compatibility mode"): "LayoutError",
 }  # fmt: skip
 
 
