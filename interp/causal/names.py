@@ -59,7 +59,7 @@ def indirect_object(
         >>> task = indirect_object(interp.load("smollm2-135m"))
         >>> data = task.sample(4, seed=0)
         >>> data.pool.inputs[0], data.pool.candidates.shape[1]
-        ('When Michael and Steven went to the store, Michael gave a letter to', 2)
+        ('At the party, Daniel and Rose sat down, and Daniel showed a ticket to', 2)
     """
     if model.tokenizer is None:
         raise InputError("a model without tokenizer", "one with a tokenizer", "interp.attach(..., tokenizer=)")
