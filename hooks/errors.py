@@ -32,6 +32,10 @@ class ArgumentError(InterpError, ValueError):
     """An argument of a public call whose value is not among the legal ones."""
 
 
+class NoPathError(ArgumentError):
+    """A target that does not depend on a source: the derivative is zero by structure."""
+
+
 class ModelStateError(InterpError, RuntimeError):
     """A model that cannot be read faithfully in the state it is in."""
 

@@ -1,11 +1,15 @@
 """Refusals that need no forward call: states in which a model cannot be read faithfully."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
-from interp.hooks.errors import CompiledModelError, MetaWeightsError, NonFiniteError, TrainModeError
+from interp.hooks.errors import CompiledModelError, InputError, MetaWeightsError, NonFiniteError, TrainModeError
 
 _QUOTE = 3
+_CACHES = ("cache", "past_key_values", "past_key_value", "layer_past", "cache_params")
 
 
 def refuse_compiled(module: nn.Module) -> None:
@@ -87,6 +91,30 @@ def refuse_training(module: nn.Module) -> None:
             "evaluation mode",
             "call model.eval()",
         )
+
+
+def refuse_cache(keywords: Mapping[str, Any]) -> None:
+    """Refuse keys and values of earlier tokens among a forward call's keywords, for derivatives.
+
+    Raises:
+        InputError: Naming the keyword.
+    """
+    for name in _CACHES:
+        if keywords.get(name) is not None:
+            raise InputError(
+                f"{name}, a {type(keywords[name]).__name__} of keys and values",
+                "whole texts: what a cache holds is a constant, so that derivatives by its tokens would be zero, and "
+                "each run would add to it",
+                f"leave {name} out, and give the cached tokens with the others",
+            )
+
+
+def devices_named(module: nn.Module) -> str:
+    """Return the devices that parameters are on, each with the first of them; '' where there are not several."""
+    first: dict[str, str] = {}
+    for name, parameter in module.named_parameters():
+        first.setdefault(str(parameter.device), name)
+    return ", ".join(f"{device} ({name})" for device, name in first.items()) if len(first) > 1 else ""
 
 
 def live_in_training(module: nn.Module) -> list[str]:

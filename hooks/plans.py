@@ -10,7 +10,7 @@ from torch import Tensor
 from interp.hooks.activations import Activations
 from interp.hooks.bindings import Binding
 from interp.hooks.calls import mark_live
-from interp.hooks.errors import InterventionError
+from interp.hooks.errors import InterventionError, ModelStateError
 from interp.hooks.inputs import Batch
 from interp.hooks.interventions import Intervention, Mean, Patch, PlanLike
 from interp.hooks.session import Edit, Read, Selection
@@ -50,6 +50,12 @@ class Probe(Intervention):
             return value + self.given
         if not value.is_floating_point():
             raise InterventionError(f"a gradient at {self.site}, of dtype {value.dtype}", "a floating-point site")
+        if not torch.is_grad_enabled():
+            raise ModelStateError(
+                f"{self.site}, which the network computes with gradients off",
+                "a forward that keeps its graph",
+                "switch gradient checkpointing (use_reentrant=True) off, or torch.no_grad in the forward",
+            )
         leaf = mark_live(torch.zeros_like(value, requires_grad=True))
         object.__setattr__(self, "leaf", leaf)
         return value + leaf

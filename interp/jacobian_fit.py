@@ -198,6 +198,7 @@ def read_prompts(model: Model, texts: Iterable[Any], options: FitOptions) -> tup
         batch = model.batch(text)
         if batch.size != 1 or batch.ids is None:
             raise InputError(f"{batch.size} prompts in one entry", "one text, or one row of token ids, in each")
+        guards.refuse_cache(batch.kwargs)
         # The last token predicts nothing that is known, and no position before it depends on it.
         ids = batch.ids[:, : options.max_tokens][:, :-1]
         if ids.shape[1] <= options.skip:
@@ -258,11 +259,15 @@ class PromptJacobians:
         known = model.bindings.by_address  # type: ignore[union-attr]
         *self.sources, self.target = (End(model.resolve(name)[0][0], known[name]) for name in names)
         first, last, _, _ = find_ends(model, names[0], names[-1])
-        one_device = len({p.device for p in model.module.parameters()}) == 1
-        self.steps = find_steps(model, first, last) if options.method != "autograd" and one_device else None
+        devices = guards.devices_named(model.module)
+        self.steps = None if options.method == "autograd" or devices else find_steps(model, first, last)
         self.unchecked = options.check
         if self.steps is None and options.method == "closed":
-            raise ArgumentError(f"method='closed' for {model.family}", "a decoder of known blocks, on one device")
+            where = f" with parameters on several devices, {devices}" if devices else ""
+            raise ArgumentError(
+                f"method='closed' for {model.family}{where}", "a decoder of known blocks, on one device",
+                "method='auto' runs autograd",
+            )  # fmt: skip
 
     def __call__(self, batch: Batch) -> dict[int, Float[Tensor, "d d"]]:
         """By layer, output index first."""

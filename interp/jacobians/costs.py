@@ -11,6 +11,7 @@ from interp.jacobians.heads import AttentionBranch
 from interp.jacobians.places import End, Place
 from interp.jacobians.plan import Plan, gemm_rate
 from interp.jacobians.replay import ReplayEngine
+from interp.jacobians.zero import ZeroEngine
 
 # Values that a backward pass through one position of one block holds at a time, in units of the source's width.
 LIVE = 16
@@ -25,6 +26,8 @@ def probe_bytes(engine: Engine) -> int:
     each = engine.like.element_size()
     if isinstance(engine, ReplayEngine):
         return engine.bytes_each
+    if isinstance(engine, ZeroEngine):
+        return each * max(math.prod(shape) for shape in engine.shapes)
     if isinstance(engine, GraphEngine):
         output, leaf = engine.recording.output, engine.recording.leaves[0]
         return LIVE * max(output.numel(), leaf.numel()) * each
@@ -80,6 +83,8 @@ def _width(engine: ChainEngine) -> int:
 
 def _flops(engine: Engine, place: Place, rows: int, columns: int) -> float:
     """Of one dense matrix."""
+    if isinstance(engine, ZeroEngine):
+        return 0.0
     if isinstance(engine, ReplayEngine):
         return 2 * engine.flops * rows if not engine.by_columns(columns, rows) else engine.flops * columns
     if isinstance(engine, GraphEngine):

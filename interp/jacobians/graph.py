@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointError
 
 from interp.hooks import guards
-from interp.hooks.errors import ArgumentError, ModelStateError, NonFiniteError
+from interp.hooks.errors import ModelStateError, NonFiniteError, NoPathError
 from interp.hooks.frozen import untouched
 from interp.hooks.frozen_gradients import probed_network
 from interp.hooks.inputs import Batch
@@ -22,6 +22,8 @@ from interp.jacobians.engine import Engine
 from interp.jacobians.places import End, Place
 
 EXACT = Linearization.of("exact")
+# What torch says where a reentrant checkpoint is asked for gradients at chosen tensors.
+_REENTRANT = "use_reentrant"
 
 
 class Recording:
@@ -37,8 +39,9 @@ class Recording:
         held: What is held; ``exact`` runs the plain network, others its frozen form.
 
     Raises:
-        ArgumentError: If the target does not depend on a source.
+        NoPathError: If the target does not depend on a source.
         NonFiniteError: If the target holds NaN or infinity.
+        ModelStateError: If the network switches gradients off, or checkpoints activations.
     """
 
     def __init__(self, model: Model, batch: Batch, sources: Sequence[End], target: End, held: Linearization = EXACT):
@@ -79,7 +82,7 @@ def refuse_independent(output: Tensor, leaves: Sequence[Tensor], sources: Sequen
     """Refuse a target that does not depend on a source, or through recomputed activations.
 
     Raises:
-        ArgumentError: If it does not depend on one of them.
+        NoPathError: If it does not depend on one of them.
         ModelStateError: If the network checkpoints activations: hooks would be gone when they are computed again.
     """
     grads: Sequence[Tensor | None] = [None] * len(leaves)
@@ -87,15 +90,19 @@ def refuse_independent(output: Tensor, leaves: Sequence[Tensor], sources: Sequen
         if output.requires_grad:
             zero = torch.zeros_like(output)
             grads = torch.autograd.grad(output, list(leaves), zero, retain_graph=True, allow_unused=True)
-    except CheckpointError as error:
+    except (CheckpointError, RuntimeError) as error:
+        if not isinstance(error, CheckpointError) and _REENTRANT not in str(error):
+            raise
+        kind = "checkpointed activations" + ("" if isinstance(error, CheckpointError) else " (use_reentrant=True)")
         raise ModelStateError(
-            f"{target.site} behind checkpointed activations", "a forward that keeps them", "turn checkpointing off"
+            f"{target.site} behind {kind}", "a forward that keeps them", "turn checkpointing off"
         ) from error
     for end, grad in zip(sources, grads, strict=True):
         if grad is None:
-            raise ArgumentError(
-                f"target {target.site}, which does not depend on {end.site}", "a source that the target depends on"
-            )
+            raise NoPathError(
+                f"target {target.site}, which does not depend on {end.site}", "a source that the target depends on",
+                "jacobian(..., allow_zero=True) gives the zeros",
+            )  # fmt: skip
 
 
 def _run(model: Model, batch: Batch, sources, target: End, held: Linearization) -> tuple[Tensor, list[Tensor]]:

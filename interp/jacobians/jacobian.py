@@ -9,12 +9,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from interp.hooks import guards
 from interp.hooks.budget import bytes_of
 from interp.hooks.errors import (
     ArgumentError,
     InputError,
     LinearizationError,
     MetaWeightsError,
+    NoPathError,
     SiteUnavailableError,
     UnknownFamilyError,
 )
@@ -30,12 +32,13 @@ from interp.jacobians.costs import make_plan, probe_bytes
 from interp.jacobians.engine import Engine
 from interp.jacobians.files import STORED, record_of, write_jacobians
 from interp.jacobians.graph import EXACT, GraphEngine
-from interp.jacobians.places import End, Place, check_indices, find_ends, find_places
+from interp.jacobians.places import End, Place, check_indices, comes_after, find_ends, find_places
 from interp.jacobians.plan import probes_within
 from interp.jacobians.reductions import JacobianSummary, check_reduction
 from interp.jacobians.replay import ReplayEngine
 from interp.jacobians.results import Jacobians, check_out
 from interp.jacobians.stored import StoredJacobians
+from interp.jacobians.zero import ZeroEngine
 
 Method = Literal["auto", "closed", "autograd"]
 Precision = Literal["float32", "float64", "tf32", "bf16"]
@@ -47,7 +50,7 @@ def jacobian(
     columns: Any = None, reduce: str | Callable[[Tensor], Any] | None = None,
     linearization: LinearizationLike = "exact", precision: Precision | None = None,
     budget: int | str = "2GiB", out: Tensor | str | Path | None = None, out_dtype: torch.dtype | None = None,
-    method: Method = "auto", check: bool = True,
+    method: Method = "auto", check: bool = True, allow_zero: bool = False,
 ) -> Jacobians | JacobianSummary | StoredJacobians:  # fmt: skip
     """Return the Jacobians J[n, o, i] = d target_o / d source_i between two sites.
 
@@ -87,11 +90,14 @@ def jacobian(
             map's largest entry) and ``torch.bfloat16`` halve it.
         method: ``auto``, or only ``closed`` forms, or only ``autograd``.
         check: Whether closed forms are compared with autograd.
+        allow_zero: Give zeros where the target does not depend on the source, which is refused otherwise.
 
     Raises:
         SiteError: If a site does not exist, or does not name one tensor.
         PositionError: If a position lies outside an example, or a source behind its target.
-        ArgumentError: If the target does not depend on the source, indices are out of range, or ``out`` does not fit.
+        NoPathError: If the target does not depend on the source, and zeros are not allowed.
+        ArgumentError: If indices are out of range, or ``out`` does not fit.
+        InputError: If keys and values of earlier tokens are given.
         SizeError: If the budget does not hold one row, or the result.
         TrainModeError: If dropout or batch statistics are live.
         LinearizationError: If a call has no rule under the linearisation.
@@ -108,11 +114,11 @@ def jacobian(
     """
     held, size = Linearization.of(linearization), bytes_of(budget)
     _check_options(method, precision, reduce, out, out_dtype)
-    found = find_ends(model, source, target)
+    found = find_ends(model, source, target, allow_zero)
     examples = each_example(model, inputs)
     _check_inputs(examples)
     places = find_places(model, examples, found[:2], found[2:], positions)
-    made = _Maker(model, held, size, precision, method, check).make(examples, places, found[:2])
+    made = _Maker(model, held, size, precision, method, check, allow_zero).make(examples, places, found[:2])
     engines, notes, error = made
     ends = _keep(found[:2], engines[0].shapes, rows, columns)
     plan = make_plan(ends, places, engines, size, notes, error)
@@ -161,8 +167,7 @@ def _check_inputs(examples: list[Batch]) -> None:
     for value in (*examples[0].args, *examples[0].kwargs.values()):
         if isinstance(value, Tensor) and value.is_complex():
             raise InputError(f"an input of dtype {value.dtype}", "a float tensor", "take real and imaginary part apart")
-    if examples[0].kwargs.get("past_key_values") is not None:
-        raise InputError("past_key_values", "whole texts", "what a cache holds would count as constant")
+    guards.refuse_cache(examples[0].kwargs)
 
 
 def _keep(ends: tuple[End, End], shapes, rows: Any, columns: Any) -> tuple[End, End]:
@@ -173,7 +178,10 @@ def _keep(ends: tuple[End, End], shapes, rows: Any, columns: Any) -> tuple[End, 
 class _Maker:
     """Chooses and makes the engine of each example."""
 
-    def __init__(self, model: Model, held: Linearization, budget: int, precision, method: Method, check: bool):
+    def __init__(
+        self, model: Model, held: Linearization, budget: int, precision, method: Method, check: bool, allow_zero: bool
+    ):
+        self.allow_zero, self.devices = allow_zero, guards.devices_named(model.module)
         self.model, self.held, self.budget, self.method, self.check = model, held, budget, method, check
         self.precision, self.tf32 = precision, precision == "tf32"
         self.dtype = getattr(torch, precision if precision == "float64" else "float32") if precision else None
@@ -185,7 +193,11 @@ class _Maker:
         self, examples: list[Batch], places: list[Place], ends: tuple[End, End]
     ) -> tuple[dict[int, Engine], list[str], float | None]:
         """Return engines by example, what to know about the choice, and the self-check's largest error."""
+        if comes_after(*ends):
+            return {i: ZeroEngine(self.model, batch, ends) for i, batch in enumerate(examples)}, [], None
         steps, notes = self._steps(ends), []
+        if self.devices and self.method != "autograd":
+            notes.append(f"no closed form: parameters on several devices, {self.devices}")
         engines: dict[int, Engine] = {}
         errors: list[float] = []
         for index, batch in enumerate(examples):
@@ -199,18 +211,18 @@ class _Maker:
                     continue
                 notes.append(why)
                 steps = None
-            engines[index] = self._replay(batch, ends, notes) or self._graph(batch, ends)
-        if self.precision is not None and not all(isinstance(e, ChainEngine) for e in engines.values()):
+            engines[index] = self._autograd(batch, ends, notes)
+        if self.precision is not None and not all(isinstance(e, (ChainEngine, ZeroEngine)) for e in engines.values()):
             notes.append(f"precision={self.precision!r} is of closed forms: autograd runs in the model's dtype")
         return engines, notes, max(errors, default=None)
 
     def _steps(self, ends: tuple[End, End]) -> list[Step] | None:
-        devices = {p.device for p in self.model.module.parameters()}
-        closed = self.method != "autograd" and not self.held.overrides and len(devices) == 1
+        closed = self.method != "autograd" and not self.held.overrides and not self.devices
         steps = find_steps(self.model, *ends) if closed else None
         if steps is None and self.method == "closed":
             raise ArgumentError(
-                f"method='closed' from {ends[0].site} to {ends[1].site} of {self.model.family}",
+                f"method='closed' from {ends[0].site} to {ends[1].site} of {self.model.family}"
+                + (f", with parameters on several devices, {self.devices}" if self.devices else ""),
                 "sites of a decoder's stream, branches or norms, on one device, without overrides",
                 "method='auto' runs autograd",
             )
@@ -236,6 +248,14 @@ class _Maker:
                 return None, message
             errors.append(error)
         return engine, ""
+
+    def _autograd(self, batch: Batch, ends: tuple[End, End], notes: list[str]) -> Engine:
+        try:
+            return self._replay(batch, ends, notes) or self._graph(batch, ends)
+        except NoPathError:
+            if not self.allow_zero:
+                raise
+            return ZeroEngine(self.model, batch, ends)
 
     def _replay(self, batch: Batch, ends: tuple[End, End], notes: list[str]) -> Engine | None:
         """The engine for pictures, where every call has a rule."""

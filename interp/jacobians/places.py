@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from interp.hooks.bindings import Binding
-from interp.hooks.errors import ArgumentError, PositionError, SiteError
+from interp.hooks.errors import ArgumentError, NoPathError, PositionError, SiteError
 from interp.hooks.inputs import Batch
 from interp.hooks.model import Model
 from interp.hooks.site import Site, SiteLike
@@ -53,12 +53,12 @@ class End:
         return self.binding.axes[:2] == ("batch", "pos")
 
 
-def find_ends(model: Model, source: SiteLike, target: SiteLike) -> tuple[End, End, Any, Any]:
+def find_ends(model: Model, source: SiteLike, target: SiteLike, allow_zero: bool = False) -> tuple[End, End, Any, Any]:
     """Return source and target, and the positions that their sites name.
 
     Raises:
         SiteError: If one does not name exactly one site, or a site over pairs of positions.
-        ArgumentError: If the source comes after the target.
+        NoPathError: If the source comes after the target, and zeros are not allowed.
     """
     ends, positions = [], []
     for what, site in (("source", source), ("target", target)):
@@ -70,18 +70,19 @@ def find_ends(model: Model, source: SiteLike, target: SiteLike) -> tuple[End, En
             raise SiteError(f"{what} {one}, over pairs of positions", "a site with one position axis, or none")
         ends.append(End(Site(one.address, one.io, one.selector, one.head), binding))
         positions.append(one.positions)
-    _check_order(*ends)
+    if not allow_zero and comes_after(*ends):
+        raise NoPathError(
+            f"source {ends[0].site} behind target {ends[1].site}",
+            "a source that comes before the target",
+            "the Jacobian is zero by structure; exchange the two, or allow_zero=True gives the zeros",
+        )
     return ends[0], ends[1], positions[0], positions[1]
 
 
-def _check_order(source: End, target: End) -> None:
+def comes_after(source: End, target: End) -> bool:
+    """Whether a source is known to lie behind the target; of sites of free modules it is not known."""
     free = any(end.binding.where.startswith("raw") for end in (source, target))
-    if not free and source.binding.order > target.binding.order:
-        raise ArgumentError(
-            f"source {source.site} behind target {target.site}",
-            "a source that comes before the target",
-            "the Jacobian is zero by structure; exchange the two",
-        )
+    return not free and source.binding.order > target.binding.order
 
 
 def check_indices(what: str, wanted: Any, shape: Sequence[int]) -> Tensor | None:

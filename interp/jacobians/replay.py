@@ -36,7 +36,7 @@ class ReplayEngine(Engine):
 
     Raises:
         LinearizationError: If a call has no rule.
-        ArgumentError: If the target does not depend on the source.
+        NoPathError: If the target does not depend on the source.
         ModelStateError: If the network checkpoints activations.
         NonFiniteError: If the target holds NaN or infinity.
     """

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.hooks import guards
 from interp.hooks.budget import bytes_of
 from interp.hooks.errors import ArgumentError, InputError
 from interp.hooks.examples import each_example
@@ -95,6 +96,7 @@ def row_sweep(
     examples = each_example(model, inputs)
     if len(examples) != 1:
         raise InputError(f"{len(examples)} examples", "one")
+    guards.refuse_cache(examples[0].kwargs)
     found = model.resolve(target)
     if len(found) != 1:
         raise ArgumentError(f"target={str(target)!r} selects {len(found)} sites", "one")

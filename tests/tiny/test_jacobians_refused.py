@@ -1,5 +1,8 @@
 """Jacobians that cannot be had, or would be zero by structure, are refused before work, by name."""
 
+import inspect
+import re
+
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from interp.hooks.errors import (
     MetaWeightsError,
     ModelStateError,
     NonFiniteError,
+    NoPathError,
     PositionError,
     SiteError,
     SiteUnavailableError,
@@ -34,9 +38,9 @@ CASES = {
     "an unknown target": (dict(target="blocks.9.hook_mlp_out"), SiteError, "unknown site"),
     "many sources": (dict(source="blocks.*.hook_resid_mid"), SiteError, "row_sweep"),
     "a pattern": (dict(target="blocks.1.attn.hook_pattern"), SiteError, "pairs of positions"),
-    "a source behind its target": (dict(source="blocks.2.hook_resid_mid"), ArgumentError, "zero by structure"),
+    "a source behind its target": (dict(source="blocks.2.hook_resid_mid"), NoPathError, "zero by structure"),
     "a source beside its target": (
-        dict(source="blocks.1.attn.hook_k", target="blocks.1.attn.hook_v"), ArgumentError, "does not depend",
+        dict(source="blocks.1.attn.hook_k", target="blocks.1.attn.hook_v"), NoPathError, "does not depend",
     ),
     "a position outside": (dict(positions=[7]), PositionError, "7 tokens"),
     "a pair outside": (dict(positions=[(2, 9)]), PositionError, "7 tokens"),
@@ -75,7 +79,6 @@ CASES = {
         dict(positions="same", out=torch.empty(1, 32, 32).expand(7, 32, 32)), ArgumentError, "share memory",
     ),
     "a dtype of nothing stored": (dict(out_dtype=torch.float16), ArgumentError, "a path as out"),
-    "a cache": (dict(inputs={"input_ids": ONE, "past_key_values": ()}), InputError, "past_key_values"),
     "out that is no tensor": (dict(out=["here"]), ArgumentError, "a tensor or a path"),
     "out beside a reduction": (dict(out=torch.empty(1), reduce="mean"), ArgumentError, "one of the two"),
     "float ids": (dict(inputs=torch.ones(1, 3)), InputError, "integers"),
@@ -194,6 +197,93 @@ def test_quantised_and_offloaded_weights_fall_back_to_autograd_with_a_note():
     assert 0 < error < 0.05  # bytes round
 
 
+@pytest.fixture(scope="module")
+def offloaded(tmp_path_factory):
+    """A model of which one block is on the disk, brought by accelerate's hooks."""
+    from accelerate import dispatch_model
+
+    module = build("llama")
+    places = dict.fromkeys([name for name, _ in module.model.named_children() if name != "layers"], "cpu")
+    places = {f"model.{name}": where for name, where in places.items()} | {"lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(len(module.model.layers))}
+    folder = tmp_path_factory.mktemp("offloaded")
+    dispatch_model(module, places, main_device="cpu", offload_dir=folder, force_hooks=True)
+    return interp.attach(module, check=False)
+
+
+def test_several_devices_are_named(llama, offloaded):
+    found = interp.jacobian(offloaded, ONE, MID, OUT, [3])
+    wanted = interp.jacobian(llama, ONE, MID, OUT, [3], method="autograd")
+    torch.testing.assert_close(found.dense(), wanted.dense())
+    named = r"several devices, cpu \(model.embed_tokens.weight\), meta \(model.layers.1.*\)"
+    assert re.search(named, found.plan.notes[0])
+    with pytest.raises(ArgumentError, match=named):
+        interp.jacobian(offloaded, ONE, MID, OUT, [3], method="closed")
+    with pytest.raises(ArgumentError, match=named):
+        interp.JacobianLens.fit(offloaded, ONE, skip=2, method="closed")
+
+
+def cached(name):
+    """A model, and tokens beside the keys and values of earlier ones."""
+    from transformers import DynamicCache
+
+    module = build(name)
+    takes = inspect.signature(module.forward).parameters
+    keyword = next(key for key in ("cache", "past_key_values") if key in takes)
+    cache = DynamicCache()
+    with torch.no_grad():
+        module(ONE, **{keyword: cache})
+    return interp.attach(module), {"input_ids": ONE, keyword: cache}, cache
+
+
+def test_a_cache_is_refused_before_it_grows():
+    model, inputs, cache = cached("llama")
+    asked = (
+        lambda: interp.jacobian(model, inputs, MID, OUT),
+        lambda: interp.jacobian(model, inputs, MID, OUT, method="autograd"),
+        lambda: interp.row_sweep(model, inputs, "blocks.*.hook_resid_pre", "logits@-1", rows=[1]),
+        lambda: interp.JacobianLens.fit(model, [inputs], skip=2),
+    )
+    for ask in asked:
+        with pytest.raises(InputError, match=r"derivatives by its tokens would be zero.*leave .* out"):
+            ask()
+    assert cache.get_seq_length() == ONE.shape[1]
+
+
+AFTER = {
+    "a site behind": ("blocks.2.hook_resid_mid", OUT, 32),
+    "a site beside": ("blocks.1.attn.hook_k", "blocks.1.attn.hook_v", None),
+}
+
+
+@pytest.mark.parametrize("case", AFTER)
+@pytest.mark.parametrize("method", ["auto", "autograd"])
+def test_zeros_by_structure_are_given_where_they_are_asked_for(llama, case, method, tmp_path):
+    source, target, width = AFTER[case]
+    with pytest.raises(NoPathError, match="allow_zero=True"):
+        interp.jacobian(llama, ONE, source, target, "same", method=method)
+    options = dict(method=method, allow_zero=True)
+    found = interp.jacobian(llama, ONE, source, target, "same", **options)
+    assert found.plan.method == "zero by structure"
+    assert found.plan.flops == 0
+    acts = llama.capture(ONE, [source, target])
+    shapes = [acts[site][0, 0].shape for site in (source, target)]
+    sizes = [shape.numel() for shape in shapes]
+    assert found.shape == (7, sizes[1], sizes[0])
+    assert width is None or sizes == [width, width]
+    assert not found.dense().any()
+    assert not found[2].matvec(torch.ones(shapes[0])).any()
+    assert found[2].rmatvec(torch.ones(shapes[1])).shape == shapes[0]
+    assert found.reduce("norm").value.tolist() == [0.0] * 7
+    kept = interp.jacobian(llama, ONE, source, target, "same", rows=[1, 2], columns=[0], **options)
+    assert kept.dense().shape == (7, 2, 1)
+    stored = interp.jacobian(llama, ONE, source, target, "same", out=tmp_path / "zero.safetensors", **options)
+    assert not stored.dense().any()
+    # What is not zero is the same with and without the word.
+    plain = interp.jacobian(llama, ONE, MID, OUT, [3], method=method)
+    torch.testing.assert_close(interp.jacobian(llama, ONE, MID, OUT, [3], **options).dense(), plain.dense())
+
+
 def test_compiled_and_meta_models():
     module = build("llama")
     model = interp.attach(module)
@@ -214,21 +304,37 @@ def test_sites_that_are_not_one_tensor_say_why():
 
 
 class Checkpointed(torch.nn.Module):
-    def __init__(self):
+    def __init__(self, reentrant):
         super().__init__()
-        self.first, self.last = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+        self.zeroth, self.first, self.last = torch.nn.Linear(3, 3), torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+        self.reentrant = reentrant
 
     def forward(self, x):
         from torch.utils.checkpoint import checkpoint
 
-        return self.last(checkpoint(lambda z: torch.tanh(self.first(z)), x, use_reentrant=False))
+        inner = lambda z: torch.tanh(self.first(z))
+        return self.last(checkpoint(inner, self.zeroth(x), use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("method", ["auto", "autograd"])
+@pytest.mark.parametrize(
+    ("reentrant", "source", "text"),
+    [
+        (False, "zeroth", "turn checkpointing off"),
+        (False, "first:in", "turn checkpointing off"),
+        (True, "zeroth", "use_reentrant=True"),
+        (True, "first:in", "first:in, which the network computes with gradients off"),
+    ],
+)
+def test_checkpoints_are_named(method, reentrant, source, text):
+    model = interp.attach(Checkpointed(reentrant))
+    with pytest.raises(ModelStateError, match=text):
+        interp.jacobian(model, torch.ones(1, 3), source, "last", method=method)
 
 
 @pytest.mark.parametrize("method", ["auto", "autograd"])
 def test_wrapped_and_in_place_networks(method):
-    """Checkpoints are refused, a wrapper is looked through, and what is written in place is read before."""
-    with pytest.raises(ModelStateError, match="turn checkpointing off"):
-        interp.jacobian(interp.attach(Checkpointed()), torch.ones(1, 3), "first:in", "last", method=method)
+    """A wrapper is looked through, and what is written in place is read before."""
     net = torch.nn.Sequential(
         torch.nn.Linear(3, 4), torch.nn.SiLU(inplace=True), torch.nn.Linear(4, 4), torch.nn.ReLU(inplace=True)
     ).double()
