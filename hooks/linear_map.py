@@ -10,6 +10,7 @@ from torch import Tensor
 
 from interp.hooks.budget import Chunk, Chunked, bytes_of
 from interp.hooks.errors import ArgumentError, InputError, LinearizationError, SizeError
+from interp.hooks.indices import flat_index
 from interp.hooks.linearization import Linearization
 from interp.hooks.spectra import SVD, Eigen, eig, svd
 
@@ -201,7 +202,7 @@ class LinearMap:
         raise InputError(f"{what} of a tensor {list(v.shape)}", f"{list(shape)}, or [n, {', '.join(map(str, shape))}]")
 
     def _basis(self, indices: Any, shape: tuple[int, ...], call: Chunked, chunk: Chunk | None) -> Tensor:
-        flat = torch.tensor([_flat_index(i, shape) for i in indices], device=self.device)
+        flat = torch.tensor([flat_index("index", i, shape) for i in indices], device=self.device)
         if len(flat) == 0:
             raise ArgumentError("no indices", "at least one")
 
@@ -211,18 +212,3 @@ class LinearMap:
             return made.scatter_(1, at[:, None], 1.0).reshape(len(at), *shape)
 
         return call.over(len(flat), probes, chunk)
-
-
-def _flat_index(index: Any, shape: tuple[int, ...]) -> int:
-    index = (index,) if isinstance(index, int) and len(shape) == 1 else index
-    if isinstance(index, int):
-        size = math.prod(shape)
-        if not -size <= index < size:
-            raise ArgumentError(f"index {index}", f"a flat index below {size}, or a tuple into {list(shape)}")
-        return index % size
-    if len(index) != len(shape) or any(not -n <= i < n for i, n in zip(index, shape, strict=True)):
-        raise ArgumentError(f"index {tuple(index)}", f"an index into {list(shape)}")
-    flat = 0
-    for i, n in zip(index, shape, strict=True):
-        flat = flat * n + i % n
-    return flat

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from interp.hooks.bindings import Binding
 from interp.hooks.errors import ArgumentError, NoPathError, PositionError, SiteError
+from interp.hooks.indices import flat_index
 from interp.hooks.inputs import Batch
 from interp.hooks.model import Model
 from interp.hooks.site import Site, SiteLike
@@ -96,28 +97,12 @@ def check_indices(what: str, wanted: Any, shape: Sequence[int]) -> Tensor | None
     wanted = wanted.tolist() if isinstance(wanted, Tensor) else list(wanted)
     if not wanted:
         raise ArgumentError(f"{what} is empty", "at least one index, or None for all")
-    if isinstance(wanted[0], bool) or not all(isinstance(i, (int, tuple)) and i is not True for i in wanted):
+    if any(isinstance(i, bool) for i in wanted) or not all(isinstance(i, (int, tuple)) for i in wanted):
         raise ArgumentError(f"{what}={wanted!r:.60}", f"ints, or tuples of ints into {list(shape)}")
-    flat = [_flat(what, i, shape) for i in wanted]
+    flat = [flat_index(what, i, shape) for i in wanted]
     if len(set(flat)) < len(flat):
         warnings.warn(f"{what} names an index more than once", stacklevel=4)
     return torch.tensor(flat)
-
-
-def _flat(what: str, index: int | tuple[int, ...], shape: Sequence[int]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    if isinstance(index, int):
-        if not -size <= index < size:
-            raise ArgumentError(f"{what} {index}", f"an index below {size}")
-        return index % size
-    if len(index) != len(shape) or any(not -n <= i < n for i, n in zip(index, shape, strict=False)):
-        raise ArgumentError(f"{what} {index}", f"an index into {list(shape)}")
-    flat = 0
-    for i, n in zip(index, shape, strict=True):
-        flat = flat * n + i % n
-    return flat
 
 
 def find_places(
