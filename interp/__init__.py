@@ -3,8 +3,9 @@
 Names are resolved when first used: importing this package costs little more than importing torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from interp.hooks.lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -75,7 +76,6 @@ _HOME = {
     "interp.steering": ["Cost", "DoseResponse", "cost", "dose_response", "orthogonalize"],
     "interp.store": ["ActivationStore"],
 }  # fmt: skip
-_NAMES = {name: home for home, names in _HOME.items() for name in names}
 
 if TYPE_CHECKING:
     from interp.attention import AttentionPatterns, attention_patterns
@@ -179,14 +179,4 @@ __all__ = [
     "validate_coupling",
 ]  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        value = getattr(importlib.import_module(_NAMES[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'interp' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_NAMES})
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

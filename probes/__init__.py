@@ -1,7 +1,8 @@
 """Probes: estimators on activations. Names are resolved when first used; scikit-learn is imported with the first."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from interp.hooks.lazy import lazy_names
 
 _HOME = {
     "interp.probes.adapters": ["BranchPoint", "PSRPAdapter", "train_adapter"],
@@ -30,7 +31,6 @@ _HOME = {
     "interp.probes.tokens": ["FirstTokenWarning", "TokenSets"],
     "interp.probes.use": ["ProbeUse", "erase_layers", "probe_use"],
 }  # fmt: skip
-_NAMES = {name: home for home, names in _HOME.items() for name in names}
 
 if TYPE_CHECKING:
     from interp.probes.adapters import BranchPoint, PSRPAdapter, train_adapter
@@ -70,14 +70,4 @@ __all__ = [
     "score_table", "selectivity", "stream_probes", "sweep", "train_adapter", "transfer_matrix", "wilson",
 ]  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        value = getattr(importlib.import_module(_NAMES[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'interp.probes' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_NAMES})
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

@@ -1,7 +1,8 @@
 """Causal abstraction: algorithms aligned with networks by maps, beside their controls."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from interp.hooks.lazy import lazy_names
 
 _HOME = {
     "interp.causal.alignment": ["Alignment"],
@@ -22,7 +23,6 @@ _HOME = {
     "interp.causal.scoring": ["Score"],
     "interp.causal.training": ["Fit", "Training"],
 }  # fmt: skip
-_NAMES = {name: home for home, names in _HOME.items() for name in names}
 
 if TYPE_CHECKING:
     from interp.causal.alignment import Alignment
@@ -58,14 +58,4 @@ __all__ = [
     "save_alignment", "train_mlps", "untrained",
 ]  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        value = getattr(importlib.import_module(_NAMES[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'interp.causal' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_NAMES})
+__getattr__, __dir__ = lazy_names(__name__, _HOME)
