@@ -1,8 +1,10 @@
 """What each figure is called, what one sees in it, and what it does not show: one sentence each, with its numbers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from interp.hooks.errors import ArgumentError
 from interp.plots.style import legible, signed, visible
 
 
@@ -24,13 +26,28 @@ class Caption:
 def caption(result: Any) -> Caption:
     """Return the words for a result that can be drawn.
 
+    Raises:
+        ArgumentError: If there are none for results of this kind.
+
     Example:
         >>> from interp.hooks.table import Table
         >>> caption(Table([{"token": " the", "probability": 0.5}])).sees
         'The model gives ␣the 50.0 %.'
     """
-    words = {"LogitLens": _lens, "Attribution": _attribution, "Votes": _votes, "Table": _table}
-    return next(words[c.__name__](result) for c in type(result).__mro__ if c.__name__ in words)
+    words = _words(result)
+    if words is None:
+        raise ArgumentError(f"a {type(result).__name__}", "a result that there are words for")
+    return words(result)
+
+
+def has_words(result: Any) -> bool:
+    """Whether there are words for results of this kind."""
+    return _words(result) is not None
+
+
+def _words(result: Any) -> Callable[[Any], Caption] | None:
+    known = {"LogitLens": _lens, "Attribution": _attribution, "Votes": _votes, "Table": _table}
+    return next((known[c.__name__] for c in type(result).__mro__ if c.__name__ in known), None)
 
 
 def _table(table: Any) -> Caption:

@@ -62,7 +62,7 @@ def result(wanted: Call, what: str, *, passes: int = 0, ask: str = "") -> Any:
         return None
     job = shop.ask(wanted, session())
     if job.wait(_PATIENCE):
-        return _outcome(job, what)
+        return _outcome(job)
     state["waiting"][wanted.key] = job
     _progress(job, what, passes)
     return None
@@ -73,7 +73,7 @@ def _start(key: str) -> None:
     st.session_state["asked"][key] = True
 
 
-def _outcome(job: Job, what: str) -> Any:
+def _outcome(job: Job) -> Any:
     error = job.future.exception()
     if error is None:
         return job.future.result()

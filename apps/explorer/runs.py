@@ -6,7 +6,7 @@ from typing import Any
 
 import streamlit as st
 
-from interp.apps.captions import caption
+from interp.apps.captions import caption, has_words
 from interp.apps.explorer import desk
 from interp.apps.explorer.calls import Call, call, script
 from interp.apps.explorer.state import bound, link, put, runs_folder
@@ -102,7 +102,7 @@ def _one(made: Call, run: Run) -> None:
         for name in run.names:
             result(made, run, name)
         for name in run.figures:
-            _saved(made, run, name)
+            _saved(made, name)
 
 
 def result(made: Call, run: Run, name: str) -> None:
@@ -125,14 +125,12 @@ def result(made: Call, run: Run, name: str) -> None:
         if (run.path / "results" / f"{group}.png").is_file():
             options["picture"] = made.method("picture", "picture", group)
     desk.figure(name, loaded, name, **options)
-    try:
+    if has_words(found):
         words = caption(found)
         st.caption(f"{desk.escaped(words.sees)} {desk.escaped(words.silent)}")
-    except StopIteration:
-        pass
 
 
-def _saved(made: Call, run: Run, name: str) -> None:
+def _saved(made: Call, name: str) -> None:
     """A figure that the run drew of its live model."""
     figure = made.method("saved", "figure", name)
     found = desk.result(figure, name)

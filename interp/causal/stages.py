@@ -58,7 +58,7 @@ class Stage:
         """Return the network's own output on these inputs, by a whole forward call."""
         batch = self.model.batch(self.pool.take(rows))
         with torch.no_grad():
-            return picked(last_logits(self.model, batch, self.model.forward(batch)), candidates)
+            return picked(last_logits(batch, self.model.forward(batch)), candidates)
 
 
 class HookStage(Stage):
@@ -74,7 +74,7 @@ class HookStage(Stage):
         output: Any = None
         with frozen(self.model.module), Session(self.model.module, [], edits, size=batch.size, extent=batch.extent):
             output = self.model.forward(batch)
-        return picked(last_logits(self.model, batch, output), candidates)
+        return picked(last_logits(batch, output), candidates)
 
     @property
     def _widths(self) -> list[int]:
@@ -184,7 +184,7 @@ def read(model: Model, sites: Sequence[Site], pool: Pool) -> Float[Tensor, "m wi
     return acts if acts.dtype == torch.float64 else acts.float()
 
 
-def last_logits(model: Model, batch: Any, output: Any) -> Tensor:
+def last_logits(batch: Any, output: Any) -> Tensor:
     """Return the output [rows, labels]: of a language model that at the last token of each input."""
     value = main_tensor(output)
     if value.ndim == 3 and batch.mask is not None:

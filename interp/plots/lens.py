@@ -46,7 +46,7 @@ def _sizes(lens: LogitLens) -> tuple[float, float]:
     return max(14.0, min(64.0, _WIDE / len(lens.tokens))), max(11.0, min(19.0, 560 / len(lens.layers)))
 
 
-def _layers(lens: LogitLens, title: str | None = "layer", labels: bool = True) -> Any:
+def _layers(title: str | None = "layer", labels: bool = True) -> Any:
     """The y axis: input at the bottom, output on top."""
     import altair as alt
 
@@ -72,7 +72,7 @@ def _heat(lens: LogitLens, sets: Sets, colour: str, picked: Any) -> Any:
             "at:N", title="prompt (each column: what is read behind this token)",
             axis=alt.Axis(labelExpr=LABEL, labelAngle=0 if wide >= _LEGIBLE else -90, ticks=False),
         ),
-        y=_layers(lens),
+        y=_layers(),
         tooltip=tooltip,
     )  # fmt: skip
     cells = base.properties(name="cells").mark_rect(stroke="white", strokeWidth=1, cursor="pointer").encode(
@@ -122,7 +122,7 @@ def _ranks(lens: LogitLens, sets: Sets, at: Any, labels: bool = True) -> Any:
         alt.Chart(sets.add("ranks", rows))
         .transform_filter(at)
         .encode(
-            y=_layers(lens, labels=labels),
+            y=_layers(labels=labels),
             x=alt.X(
                 "rank:Q", title="rank (1 = most likely)",
                 scale=alt.Scale(type="log", domain=[1, int(lens.ranks.max()) + 1], nice=False),
