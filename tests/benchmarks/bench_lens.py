@@ -16,7 +16,7 @@ import interp
 from tests.benchmarks.bench_hooks import PROMPT
 from tests.benchmarks.bench_jacobians import load
 
-HEADING, LENGTHS = "## Jacobian lens against TransformerLens", (24, 40, 64)
+HEADING, LENGTHS = "## Jacobian lens against TransformerLens", (24, 40, 64, 128)
 PAGE = Path("docs/benchmarks/jacobians.md")
 D, F, LAYERS = 576, 1536, 29
 

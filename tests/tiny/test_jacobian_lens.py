@@ -100,12 +100,31 @@ def test_few_covectors_at_once_change_nothing(name, monkeypatch):
         assert relative(parts.matrices[layer], whole.matrices[layer]) < 1e-6
 
 
-def test_contracted_scores_and_query_maps_agree(monkeypatch):
-    found = []
-    for contracts in (True, False):
-        monkeypatch.setattr("interp.jacobians.stream_sweep._contracts", lambda *_, c=contracts: c)
-        found.append(fit("qwen3", ROWS[:1], method="closed").matrices[0])
-    assert relative(*found) < 1e-6
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_contracted_scores_and_query_maps_agree(name, monkeypatch):
+    """Also where the first positions are contracted and the others are not, in tiles that do not divide them."""
+    found = {}
+    ways = {"none": lambda seen: False, "all": lambda seen: True, "first": lambda seen: seen <= 4}
+    for (way, pays), tile in itertools.product(ways.items(), (1, 2, 8)):
+        monkeypatch.setattr("interp.jacobians.stream_sweep._TILE", tile)
+        monkeypatch.setattr("interp.jacobians.stream_sweep._contracts", lambda k, h, w, seen, *_, p=pays: p(seen))
+        found[way, tile] = fit(name, ROWS[:1], method="closed").matrices[0]
+    for made in found.values():
+        assert relative(made, found["none", 8]) < 1e-6
+
+
+def test_turns_of_one_layer_serve_others_where_they_are_the_same(monkeypatch):
+    """Rotations are, unless layers rotate at different speeds; norms of queries and keys are never."""
+    from interp.jacobians import stream_sweep
+
+    asked, plain = [], stream_sweep.find_turns
+    monkeypatch.setattr(
+        stream_sweep, "find_turns", lambda m, r, layers, s: asked.append(layers) or plain(m, r, layers, s)
+    )
+    for name, wanted in (("llama", [[2]]), ("qwen3", [[2], [1]]), ("gemma3", [[2], [1]])):
+        asked.clear()
+        fit(name, ROWS[:1], method="closed")
+        assert asked == wanted, name
 
 
 def test_sides_of_an_mlp_agree_and_the_cheaper_one_is_taken(monkeypatch):
