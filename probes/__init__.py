@@ -16,7 +16,7 @@ _HOME = {
     "interp.probes.evaluation": ["Evaluation", "evaluate"],
     "interp.probes.intervals": ["Interval", "bootstrap_ci", "mcnemar", "wilson"],
     "interp.probes.linear": ["LDAProbe", "LogisticProbe", "MassMeanProbe", "RidgeProbe"],
-    "interp.probes.logistic_solver": ["fit_sites"],
+    "interp.probes.site_fits": ["fit_sites"],
     "interp.probes.mlp": ["MLPProbe"],
     "interp.probes.moment_head": ["MomentHead"],
     "interp.probes.moment_probe": ["MomentProbe"],
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from interp.probes.evaluation import Evaluation, evaluate
     from interp.probes.intervals import Interval, bootstrap_ci, mcnemar, wilson
     from interp.probes.linear import LDAProbe, LogisticProbe, MassMeanProbe, RidgeProbe
-    from interp.probes.logistic_solver import fit_sites
     from interp.probes.mlp import MLPProbe
     from interp.probes.moment_head import MomentHead
     from interp.probes.moment_probe import MomentProbe
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
     from interp.probes.neighbours import KNNProbe
     from interp.probes.saving import load_probe, save_probe
     from interp.probes.scores import Calibration, apply_temperature, calibration, fit_temperature, score_table
+    from interp.probes.site_fits import fit_sites
     from interp.probes.site_moments import ClosedForms, closed_forms
     from interp.probes.splits import Grouping, duplicate_groups, outer_folds
     from interp.probes.streaming import stream_probes

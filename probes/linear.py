@@ -23,7 +23,7 @@ from interp.probes.estimator import (
     check_lengths,
 )
 from interp.probes.inner_folds import inner_folds
-from interp.probes.logistic_solver import fit_sites, moments_of
+from interp.probes.site_fits import fit_sites, moments_of
 from interp.probes.tokens import Pool
 
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)

@@ -9,7 +9,6 @@ at the present point. (Böhning's bound, c = 1/4, is far too stiff once the clas
 Z A and Z D and costs no product with Z. Converged columns leave.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -82,24 +81,22 @@ def solve_logistic(
         >>> bool(found.converged.all()), round(float(found.weights), 2)
         (True, 0.94)
     """
-    if not bool((penalties > 0).all()) or not bool((weights.sum(0) > 0).all()):
-        raise ArgumentError("a penalty or a column's weight that is not positive", "penalties and weights above 0")
+    check_columns(weights, penalties)
     work = Columns(features, labels, classes, weights, penalties, scales)
-    found = work.empty_solution()
-    for iteration in range(1, max_iter + 1):
-        if iteration % REFRESH == 0:
-            work.refresh()
-        done = work.step(tol)
-        if iteration == max_iter:
-            done = torch.ones_like(done)
-        if bool(done.any()):
-            work.write(found, done, iteration, tol)
-            work.keep(~done)
-            if not work.columns.numel():
-                break
+    found = work.run(tol, max_iter)
     return LogisticSolution(
         found["theta"][:-1], found["theta"][-1], found["value"], found["gap"], found["iterations"], found["converged"]
     )
+
+
+def check_columns(weights: Float[Tensor, "n columns"], penalties: Float[Tensor, "penalties"]) -> None:
+    """Refuse what has no minimum.
+
+    Raises:
+        ArgumentError: If a penalty is not positive, or a column has no weight.
+    """
+    if not bool((penalties > 0).all()) or not bool((weights.sum(0) > 0).all()):
+        raise ArgumentError("a penalty or a column's weight that is not positive", "penalties and weights above 0")
 
 
 class Columns:
@@ -113,19 +110,44 @@ class Columns:
         self.weights, self.columns = weights, torch.arange(count, device=features.device)
         ones = torch.ones(features.shape[1], count).to(features)
         self.ridge = torch.cat([penalties * (ones if scales is None else scales**2), ones.new_zeros(1, count)])
+        self.penalties = penalties
+        self.prepare(features)
+        self.theta = features.new_zeros(len(self.z.T), count, self.logits_count)
+        self.z_theta = features.new_zeros(n, count, self.logits_count)
+        self.forget()
+        self.evaluate()
+
+    def forget(self) -> None:
+        """Start anew from theta."""
+        self.steps: list[Tensor] = []
+        self.changes: list[Tensor] = []
+        self.quiet, self.stalled = torch.zeros_like(self.columns), torch.zeros_like(self.columns)
+        self.lowest = torch.full_like(self.penalties, torch.inf)
+
+    def run(self, tol: float, max_iter: int) -> dict[str, Tensor]:
+        """Iterate until every column is done."""
+        found = self.empty_solution()
+        for iteration in range(1, max_iter + 1):
+            self.first = iteration == 1
+            if iteration % REFRESH == 0:
+                self.refresh()
+            done = self.step(tol)
+            if iteration == max_iter:
+                done = torch.ones_like(done)
+            if bool(done.any()):
+                self.write(found, done, iteration, tol)
+                self.keep(~done)
+                if not self.columns.numel():
+                    break
+        return found
+
+    def prepare(self, features: Tensor) -> None:
+        """What the preconditioner needs of the features: their eigenbasis."""
         energies, self.basis = torch.linalg.eigh(features.T @ features)
         kept = energies > energies[-1].clamp(min=0) * 1e-12
         self.basis = self.basis[:, kept]
         self.complete = bool(kept.all())
-        self.energies, self.penalties, self.mass = energies[kept] / n, penalties, weights.sum(0)
-        self.theta = features.new_zeros(len(self.z.T), count, self.logits_count)
-        self.z_theta = features.new_zeros(n, count, self.logits_count)
-        self.steps: list[Tensor] = []
-        self.changes: list[Tensor] = []
-        self.quiet = torch.zeros(count, dtype=torch.int64, device=features.device)
-        self.stalled = torch.zeros_like(self.quiet)
-        self.lowest = features.new_full((count,), torch.inf)
-        self.evaluate()
+        self.energies = energies[kept] / len(features)
 
     def evaluate(self) -> None:
         """Objective, gradient, and the curvature along the intercept, at theta."""
@@ -133,12 +155,13 @@ class Columns:
         penalty = (self.ridge[:, :, None] * self.theta**2).sum((0, 2)) / 2
         self.value = (self.weights * loss).sum(0) + penalty
         self.gradient = self._pull(self._minus_labels(p)) + self.ridge[:, :, None] * self.theta
-        self.intercept_curvature = (self.weights[:, :, None] * p * (1 - p)).sum(0)
+        self.bend = self.weights[:, :, None] * p * (1 - p)
+        self.intercept_curvature = self.bend.sum(0)
         self.curvature = self.intercept_curvature.sum(1) / max(self.logits_count - 1, 1)
 
     def refresh(self) -> None:
         """Compute Z theta anew: what the line search adds to it gathers rounding errors."""
-        self.z_theta = (self.z @ self.theta.flatten(1)).view(self.z_theta.shape)
+        self.z_theta = times(self.z, self.theta)
         self.evaluate()
 
     def _probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,20 +178,21 @@ class Columns:
         return p - torch.nn.functional.one_hot(self.labels, self.logits_count)[:, None, :]
 
     def _pull(self, residual: Tensor) -> Tensor:
-        weighted = (self.weights[:, :, None] * residual).flatten(1)
-        return (self.z.T @ weighted).view(self.theta.shape)
+        return times(self.z.T, self.weights[:, :, None] * residual)
 
     def step(self, tol: float) -> Tensor:
         """One iteration for all columns; which of them are done before it, at their present theta."""
-        direction = -self._inverse_hessian(self.gradient)
+        direction = self.descent()
         slope = (self.gradient * direction).sum((0, 2))
         self.gap = torch.minimum(-slope / 2, self._certified_gap())
         self.quiet = torch.where(-slope / 2 <= tol * self.value / 1000, self.quiet + 1, 0)
         self.stalled = torch.where(self.value < self.lowest, 0, self.stalled + 1)
         self.lowest = torch.minimum(self.value, self.lowest)
-        done = (self._certified_gap() <= tol * self.value) | (self.quiet >= 3) | (slope >= 0)
+        done = (self._certified_gap() <= tol * self.value) | self.certain(tol, slope) | (slope >= 0)
         done = done | ((self.stalled >= STALLED) & (self.gap <= ENOUGH * self.value))  # at the floor of rounding
-        z_direction = (self.z @ direction.flatten(1)).view(self.z_theta.shape)
+        if bool(done.all()):
+            return done
+        z_direction = times(self.z, direction)
         length = self._line_search(z_direction, direction, slope)
         length = torch.where(done, 0.0, length)
         step, before = length[None, :, None] * direction, self.gradient
@@ -176,6 +200,14 @@ class Columns:
         self.evaluate()
         self.steps, self.changes = [*self.steps, step][-MEMORY:], [*self.changes, self.gradient - before][-MEMORY:]
         return done
+
+    def descent(self) -> Tensor:
+        """Where to go from theta."""
+        return -self._inverse_hessian(self.gradient)
+
+    def certain(self, tol: float, slope: Tensor) -> Tensor:
+        """Columns whose own estimate of the gap, half the slope, can be believed to be small enough."""
+        return self.quiet >= 3
 
     def _certified_gap(self) -> Tensor:
         """|g|^2 / (2 x strong convexity): the penalty's for weights, the present curvature for intercepts."""
@@ -251,7 +283,6 @@ class Columns:
             "columns",
             "value",
             "penalties",
-            "mass",
             "curvature",
             "intercept_curvature",
             "quiet",
@@ -260,107 +291,12 @@ class Columns:
             "lowest",
         ):
             setattr(self, name, getattr(self, name)[mask])
-        for name in ("weights", "ridge", "theta", "z_theta", "gradient"):
+        for name in ("weights", "ridge", "theta", "z_theta", "gradient", "bend"):
             setattr(self, name, getattr(self, name)[:, mask])
         self.steps, self.changes = [s[:, mask] for s in self.steps], [y[:, mask] for y in self.changes]
 
 
-@dataclass(frozen=True, eq=False)
-class SiteFits:
-    """Fits of one site for every fold and C. Columns are fold-major: column fold * len(C) + i.
-
-    Attributes:
-        weights: [folds, C, logits, d], in raw activation units.
-        intercepts: [folds, C, logits].
-        loss: [folds, C], mean log-loss on the examples that a fold leaves out; NaN where it leaves out none.
-        solution: What the solver says, in columns.
-    """
-
-    weights: Float[Tensor, "folds C logits d"] = field(repr=False)
-    intercepts: Float[Tensor, "folds C logits"] = field(repr=False)
-    loss: Float[Tensor, "folds C"]
-    solution: LogisticSolution = field(repr=False)
-
-
-def fit_sites(
-    sites: Sequence[Float[Tensor, "n _"]] | Float[Tensor, "sites n d"],
-    labels: Int64[Tensor, "n"],
-    train: Float[Tensor, "folds n"],
-    C: Sequence[float],
-    *,
-    standardize: bool = True,
-    tol: float = 1e-7,
-    max_iter: int = 1000,
-    test_weights: Float[Tensor, "n"] | None = None,
-) -> list[SiteFits]:
-    """Logistic regressions for sites x folds x C: a loop over sites, all folds and C of a site at once.
-
-    Each fold is standardised with its own training part.
-
-    Args:
-        sites: Features of each site; widths may differ.
-        labels: Class numbers from 0, all present.
-        train: Weight of each example in each fold's training part, 0 where it is held out.
-        C: Inverse penalties.
-        standardize: Whether features are standardised.
-        tol: Relative gap of the objective.
-        max_iter: Most iterations.
-        test_weights: Weight of each example in the held-out loss; 1 by default.
-
-    Example:
-        >>> sites = [torch.randn(40, 3), torch.randn(40, 5)]
-        >>> y, folds = torch.arange(40) % 2, torch.ones(1, 40).double()
-        >>> [tuple(fit.weights.shape) for fit in fit_sites(sites, y, folds, [0.1, 1.0])]
-        [(1, 2, 1, 3), (1, 2, 1, 5)]
-    """
-    test = train.new_ones(train.shape[1]) if test_weights is None else test_weights
-    return [_fit_site(site.double(), labels, train, C, standardize, tol, max_iter, test) for site in sites]
-
-
-def moments_of(features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted mean and standard deviation; 1 for constant features, never below 1e-6 of the median one."""
-    total = weights.sum()
-    mean = (weights @ features) / total
-    std = ((weights @ (features - mean) ** 2) / total).sqrt()
-    constant = std <= 1e-12 * (features.abs().amax(0) if len(features) else 1.0)
-    mean = torch.where(constant, features[weights.argmax()], mean)  # exactly, so that its weight is exactly 0
-    live = std[~constant]
-    if len(live):
-        std = std.clamp(min=float(live.median()) * 1e-6)
-    return mean, torch.where(constant, 1.0, std)
-
-
-def _fit_site(features, labels, train, C, standardize, tol, max_iter, test) -> SiteFits:
-    folds, count = len(train), len(C)
-    classes = int(labels.max()) + 1
-    train = train.double()
-    centre, spread = moments_of(features, train.sum(0))
-    if not standardize:
-        spread = torch.ones_like(spread)
-    z = (features - centre) / spread
-    scales = torch.stack([moments_of(z, w)[1] if standardize else torch.ones_like(spread) for w in train], 1)
-    penalties = 1 / torch.tensor(list(C), dtype=torch.float64, device=z.device)
-    solution = solve_logistic(
-        z, labels, classes, train.T.repeat_interleave(count, 1), penalties.repeat(folds),
-        scales=scales.repeat_interleave(count, 1), tol=tol, max_iter=max_iter,
-    )  # fmt: skip
-    loss = _held_out_loss(solution.logits(z), labels, train, test).view(folds, count)
-    live = (z != 0).any(0)[:, None, None]
-    raw = torch.where(live, solution.weights / spread[:, None, None], 0.0).permute(1, 2, 0)
-    intercepts = solution.intercepts - raw @ centre
-    shape = (folds, count, -1)
-    return SiteFits(raw.reshape(*shape, z.shape[1]), intercepts.reshape(shape), loss, solution)
-
-
-def _held_out_loss(logits: Tensor, labels: Tensor, train: Tensor, test: Tensor) -> Tensor:
-    losses = held_out_losses(logits, labels)
-    held = ((train == 0).double() * test).T.repeat_interleave(logits.shape[1] // len(train), 1)
-    return (losses * held).sum(0) / held.sum(0)
-
-
-def held_out_losses(logits: Float[Tensor, "n columns k"], labels: Int64[Tensor, "n"]) -> Float[Tensor, "n columns"]:
-    """Log-loss of every example in every column; one logit stands for two classes."""
-    if logits.shape[2] == 1:
-        logits = torch.cat([-logits / 2, logits / 2], 2)
-    index = labels[:, None, None].expand(-1, logits.shape[1], 1)
-    return -torch.log_softmax(logits, 2).gather(2, index)[:, :, 0]
+def times(matrix: Tensor, columns: Tensor) -> Tensor:
+    """matrix @ columns over the first axis; few columns go through BLAS several times faster as rows."""
+    flat = columns.flatten(1)
+    return (flat.T @ matrix.T).T.reshape(len(matrix), *columns.shape[1:])

@@ -19,7 +19,7 @@ from interp.probes.estimator import (
     as_array,
     check_is_fitted,
 )
-from interp.probes.logistic_solver import moments_of
+from interp.probes.site_fits import moments_of
 from interp.probes.tokens import TokenSets
 
 Centre = Literal["tokens", "scalar", "none"]

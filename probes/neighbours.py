@@ -9,7 +9,7 @@ from torch import Tensor
 
 from interp.hooks.errors import ArgumentError
 from interp.probes.estimator import SkipFirst, VectorProbe, as_array
-from interp.probes.logistic_solver import moments_of
+from interp.probes.site_fits import moments_of
 from interp.probes.tokens import Pool
 
 CHUNK = 1024

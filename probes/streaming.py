@@ -17,7 +17,8 @@ from interp.hooks.errors import ArgumentError
 from interp.probes.erasure import LeaceFitter
 from interp.probes.inner_folds import label_folds
 from interp.probes.linear import C_GRID, LogisticProbe
-from interp.probes.logistic_solver import ENOUGH, MEMORY, Columns, LogisticSolution, held_out_losses
+from interp.probes.logistic_solver import ENOUGH, MEMORY, Columns, LogisticSolution
+from interp.probes.site_fits import held_out_losses
 from interp.probes.site_moments import Block, Source, readers
 from interp.probes.tokens import Pool
 

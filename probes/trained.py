@@ -10,7 +10,7 @@ from torch import Tensor
 from interp.hooks.errors import ArgumentError
 from interp.probes.estimator import Probe, TokenProbe, as_array, balanced, check_lengths
 from interp.probes.linear import LogisticProbe
-from interp.probes.logistic_solver import moments_of
+from interp.probes.site_fits import moments_of
 from interp.probes.tokens import TokenSets
 from interp.probes.training import Schedule, Seeds, seeded, train_head, validation_rows
 

@@ -10,7 +10,8 @@ from sklearn.preprocessing import StandardScaler
 
 from interp.hooks.errors import ArgumentError
 from interp.probes.inner_folds import inner_folds
-from interp.probes.logistic_solver import fit_sites, solve_logistic
+from interp.probes.logistic_solver import solve_logistic
+from interp.probes.site_fits import fit_sites
 
 C = (1e-4, 1e-2, 1.0, 1e2)
 

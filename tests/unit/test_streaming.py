@@ -17,7 +17,7 @@ from interp.probes import (
 )
 from interp.probes.erasure import oas
 from interp.probes.inner_folds import label_folds
-from interp.probes.logistic_solver import fit_sites
+from interp.probes.site_fits import fit_sites
 from interp.probes.site_moments import readers
 from interp.probes.streaming import stream_fits
 
