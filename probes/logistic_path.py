@@ -10,19 +10,30 @@ there costs iterations, not accuracy. A factor is made anew where W / lambda has
 minimum of the stronger one before it, and its first step, with that one's factor, follows the tangent of the path.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from interp.probes.logistic_solver import ENOUGH, Columns, LogisticSolution, check_columns, times
+from interp.probes.logistic_solver import (
+    ENOUGH,
+    Columns,
+    LogisticSolution,
+    check_columns,
+    solution_of,
+    solve_logistic,
+    times,
+)
 
 MOVED = 0.15
 NEGLIGIBLE = 0.2
 OWN_SCALE = 0.1
-LARGEST = 1e6
-WORTH = 2500
+LARGEST = 1e7
+APPROACH = 1e-2
+WORTH = 2.5
+MOST = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +169,7 @@ class PathColumns(Columns):
 
 def worth_a_path(n: int, d: int) -> bool:
     """Whether a factor of n examples costs less than the iterations that it saves, as measured on a CPU."""
-    return n * n <= WORTH * d
+    return n <= min(WORTH * d, MOST)
 
 
 def solve_path(
@@ -170,10 +181,11 @@ def solve_path(
     *,
     tol: float = 1e-7,
     max_iter: int = 1000,
-) -> LogisticSolution | None:
+) -> LogisticSolution:
     """Minimise for every fold and penalty; columns are fold-major.
 
-    None where float32 cannot hold a factor: where the sum of S's eigenvalues is above 1e6, or a step does not descend.
+    From the penalty on where float32 cannot hold a factor (the sum of S's eigenvalues is too large, or a step does not
+    descend) `solve_logistic` does the rest.
 
     Args:
         features: One site, with columns of mean 0 and variance about 1.
@@ -190,16 +202,39 @@ def solve_path(
     check_columns(weights, penalties)
     work = PathColumns(features, labels, 2, weights, torch.ones_like(weights[0]), scales)
     theta, made = work.theta, {}
-    for place in penalties.argsort(descending=True).tolist():
-        made[place] = work.minimise(float(penalties[place]), theta, tol, max_iter)
+    for penalty in _approach(float(penalties.max()), float(weights.max()) * features.numel()):
+        theta = work.minimise(penalty, theta, APPROACH, max_iter)["theta"]
+    order = penalties.argsort(descending=True).tolist()
+    for place in order:
+        found = {} if work.failed else work.minimise(float(penalties[place]), theta, tol, max_iter)
         if work.failed:
-            return None
-        theta = made[place]["theta"]
-    found = [made[place] for place in range(len(penalties))]
+            break
+        made[place], theta = solution_of(found), found["theta"]
+    rest = [place for place in order if place not in made]
+    if rest:
+        folds, count = weights.shape[1], len(rest)
+        columns = weights.repeat_interleave(count, 1), penalties[rest].repeat(folds)
+        own = scales.repeat_interleave(count, 1)
+        whole = solve_logistic(features, labels, 2, *columns, scales=own, tol=tol, max_iter=max_iter)
+        made.update({place: _columns(whole, slice(k, None, count)) for k, place in enumerate(rest)})
+    return _fold_major([made[place] for place in range(len(penalties))])
 
-    def fold_major(name: str, axis: int = 0) -> Tensor:
-        return torch.stack([part[name] for part in found], axis + 1).flatten(axis, axis + 1)
 
-    theta = fold_major("theta", 1)
-    rest = [fold_major(name) for name in ("value", "gap", "iterations", "converged")]
-    return LogisticSolution(theta[:-1], theta[-1], *rest)
+def _columns(solution: LogisticSolution, at: slice) -> LogisticSolution:
+    parts = (value[:, at] if name == "weights" else value[at] for name, value in vars(solution).items())
+    return LogisticSolution(*parts)
+
+
+def _fold_major(parts: list[LogisticSolution]) -> LogisticSolution:
+    """Column fold * penalties + i, of solutions with a column for each fold."""
+
+    def joined(name: str, axis: int) -> Tensor:
+        return torch.stack([getattr(part, name) for part in parts], axis + 1).flatten(axis, axis + 1)
+
+    return LogisticSolution(*(joined(name, int(name == "weights")) for name in vars(parts[0])))
+
+
+def _approach(penalty: float, size: float) -> list[float]:
+    """Stronger penalties to come from: where theta = 0 and W = 1/4 would make S too large."""
+    steps = math.ceil(math.log10(max(size / (penalty * LARGEST), 1.0)))
+    return [penalty * 10.0**k for k in range(steps, 0, -1)]

@@ -83,10 +83,14 @@ def solve_logistic(
     """
     check_columns(weights, penalties)
     work = Columns(features, labels, classes, weights, penalties, scales)
-    found = work.run(tol, max_iter)
-    return LogisticSolution(
-        found["theta"][:-1], found["theta"][-1], found["value"], found["gap"], found["iterations"], found["converged"]
-    )
+    return solution_of(work.run(tol, max_iter))
+
+
+def solution_of(found: dict[str, Tensor]) -> LogisticSolution:
+    """What `Columns.run` wrote."""
+    theta = found["theta"]
+    rest = (found[name] for name in ("value", "gap", "iterations", "converged"))
+    return LogisticSolution(theta[:-1], theta[-1], *rest)
 
 
 def check_columns(weights: Float[Tensor, "n columns"], penalties: Float[Tensor, "penalties"]) -> None:

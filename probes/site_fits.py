@@ -87,10 +87,9 @@ def _fit_site(features, labels, train, C, standardize, tol, max_iter, test) -> S
     scales = torch.stack([moments_of(z, w)[1] if standardize else torch.ones_like(spread) for w in train], 1)
     penalties = 1 / torch.tensor(list(C), dtype=torch.float64, device=z.device)
     options = {"tol": tol, "max_iter": max_iter}
-    solution = None
     if classes == 2 and worth_a_path(*z.shape):
         solution = solve_path(z, labels, train.T, penalties, scales, **options)
-    if solution is None:
+    else:
         columns = train.T.repeat_interleave(count, 1), penalties.repeat(folds)
         solution = solve_logistic(z, labels, classes, *columns, scales=scales.repeat_interleave(count, 1), **options)
     loss = _held_out_loss(solution.logits(z), labels, train, test).view(folds, count)

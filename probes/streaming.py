@@ -17,7 +17,7 @@ from interp.hooks.errors import ArgumentError
 from interp.probes.erasure import LeaceFitter
 from interp.probes.inner_folds import label_folds
 from interp.probes.linear import C_GRID, LogisticProbe
-from interp.probes.logistic_solver import ENOUGH, MEMORY, Columns, LogisticSolution
+from interp.probes.logistic_solver import ENOUGH, MEMORY, Columns, LogisticSolution, solution_of
 from interp.probes.site_fits import held_out_losses
 from interp.probes.site_moments import Block, Source, readers
 from interp.probes.tokens import Pool
@@ -230,8 +230,7 @@ class StreamedColumns(Columns):
                 self.keep(~done)
                 if not self.columns.numel():
                     break
-        return LogisticSolution(found["theta"][:-1], found["theta"][-1], found["value"], found["gap"],
-                                found["iterations"], found["converged"])  # fmt: skip
+        return solution_of(found)
 
     def step(self, tol: float) -> Tensor:
         """Try the present step of every column; which of them are done."""
