@@ -28,7 +28,7 @@ from interp.probes.logistic_solver import (
 )
 
 MOVED = 0.15
-NEGLIGIBLE = 0.2
+NEGLIGIBLE = 0.4
 OWN_SCALE = 0.1
 LARGEST = 1e7
 APPROACH = 1e-2
@@ -114,7 +114,7 @@ class PathColumns(Columns):
     def _factor(self, strength: Tensor, column: int) -> Factor:
         rows, gram = self.parts[column]
         weight = strength[rows] * (gram.diagonal() + 1)
-        kept = (weight > NEGLIGIBLE * weight.max().clamp(max=1)).nonzero()[:, 0]
+        kept = (weight > NEGLIGIBLE * weight.median().clamp(max=1)).nonzero()[:, 0]
         if len(kept) < len(rows):
             rows, gram = rows[kept], gram.index_select(0, kept).index_select(1, kept)
         root = strength[rows].sqrt().to(gram.dtype)

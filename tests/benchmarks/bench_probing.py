@@ -90,32 +90,49 @@ def ours(x, y, train):
     return fit.solution.objective.view(len(train), -1).numpy()
 
 
-def grid(x, y):
-    """Seconds of one site's grid: ours, and scikit-learn's at the loosest tolerance that reaches the gap."""
+def loosest(x, y, warm, train, least):
+    """scikit-learn's loosest tolerance that reaches the gap on one site, and the gap there."""
+    for tol in THEIR_TOLS:
+        gap = float((theirs(x, y, train, tol, warm=warm) / least - 1).max())
+        if gap <= GAP:
+            break
+    return tol, gap
+
+
+def grid(x, y, rounds=3):
+    """Median seconds and largest gap of one site's grid, ways in turn: ours, and scikit-learn's where it reaches GAP."""
     train, a, labels = training_parts(y), x.numpy(), y.numpy()
     (best,) = fit_sites([x], y, train, C_GRID, tol=1e-10)
     least = best.solution.objective.view(len(train), -1).numpy()
-    rows = {}
-    seconds, value = cpu(lambda: ours(x, y, train))
-    rows["`fit_sites`"] = (seconds, float((value / least - 1).max()))
+    ways = {"`fit_sites`": (lambda: ours(x, y, train), float((ours(x, y, train) / least - 1).max()))}
     for name, warm in (("scikit-learn", False), ("scikit-learn, warm starts along C", True)):
-        for tol in THEIR_TOLS:
-            seconds, value = cpu(lambda tol=tol, warm=warm: theirs(a, labels, train, tol, warm=warm))
-            gap = float((value / least - 1).max())
-            if gap <= GAP:
-                break
-        rows[f"{name}, tol {tol:g}"] = (seconds, gap)
-    seconds, value = cpu(lambda: theirs(a, labels, train, 1e-4, warm=False))
-    rows["scikit-learn, its default tol 1e-4"] = (seconds, float((value / least - 1).max()))
-    return rows
+        tol, gap = loosest(a, labels, warm, train, least)
+        ways[f"{name}, tol {tol:g}"] = (lambda tol=tol, warm=warm: theirs(a, labels, train, tol, warm=warm), gap)
+    loose = float((theirs(a, labels, train, 1e-4, warm=False) / least - 1).max())
+    ways["scikit-learn, its default tol 1e-4"] = (lambda: theirs(a, labels, train, 1e-4, warm=False), loose)
+    times = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, (call, _) in ways.items():
+            times[name].append(cpu(call)[0])
+    return {name: (statistics.median(times[name]), gap) for name, (_, gap) in ways.items()}
 
 
-def all_sites(sites, y, tol, warm):
-    """Seconds of the grids of all sites, ours and scikit-learn's."""
-    train = training_parts(y)
-    mine, _ = cpu(lambda: fit_sites(list(sites.values()), y, train, C_GRID, tol=GAP))
-    other, _ = cpu(lambda: [theirs(x.numpy(), y.numpy(), train, tol, warm=warm) for x in sites.values()])
-    return mine, other
+def all_sites(sites, y, tols):
+    """Seconds of all sites in turn, and largest gaps: ours, scikit-learn fit by fit, scikit-learn with warm starts."""
+    train, labels = training_parts(y), y.numpy()
+    seconds, gaps = np.zeros(3), np.zeros(3)
+    for x in sites.values():
+        (best,) = fit_sites([x], y, train, C_GRID, tol=1e-10)
+        least, a = best.solution.objective.view(len(train), -1).numpy(), x.numpy()
+        ways = [lambda x=x: ours(x, y, train)]
+        ways += [
+            lambda a=a, t=t, w=w: theirs(a, labels, train, t, warm=w) for w, t in zip((False, True), tols, strict=True)
+        ]
+        for k, way in enumerate(ways):
+            spent, value = cpu(way)
+            seconds[k] += spent
+            gaps[k] = max(gaps[k], float((value / least - 1).max()))
+    return seconds, gaps
 
 
 def closed(sites, y, rounds=3):
@@ -163,7 +180,7 @@ def memory(folder):
 
 
 def test_ratios(tmp_path):
-    """What must hold on any machine, with room for noise. The page's goal of 2.5 times is not reached: see the docs."""
+    """What must hold on any machine, with room for noise: measured are 3.4 times, and 3.0 times with warm starts."""
     model = load()
     sites, y = features(model, 400, tmp_path / "s")
     with warnings.catch_warnings():
@@ -171,7 +188,8 @@ def test_ratios(tmp_path):
         rows = grid(sites["blocks.15.hook_resid_post"], y)
     mine, *other = (seconds for seconds, _ in rows.values())
     assert rows["`fit_sites`"][1] <= GAP
-    assert min(other[:2]) >= 0.5 * mine
+    assert other[0] >= 2.5 * mine
+    assert other[1] >= 2 * mine
     assert closed(sites, y, 1)[0] < 4
 
 
@@ -182,9 +200,8 @@ def main():
         sites, y = features(model, 800, sys.argv[1] if len(sys.argv) > 1 else folder + "/real")
         middle = sites["blocks.15.hook_resid_post"]
         one = grid(middle, y)
-        theirs_best = min((name for name in one if "warm" in name or name.startswith("scikit-learn, tol")),
-                          key=lambda name: one[name][0])  # fmt: skip
-        many = all_sites(sites, y, float(theirs_best.rsplit(" ", 1)[1]), "warm" in theirs_best)
+        tols = [float(name.rsplit(" ", 1)[1]) for name in list(one)[1:3]]
+        many, gaps = all_sites(sites, y, tols)
         closed_one, closed_each = closed(sites, y)
         plain, build, fixed = extraction(model)
         size, budget, peak = memory(folder + "/large")
@@ -202,7 +219,8 @@ standardised by its own training part. The gap is the largest of all fits, relat
 |---|---|---|---|
 {rows}
 
-All 31 sites: `fit_sites` {many[0]:.1f} s, {theirs_best} {many[1]:.1f} s, {many[1] / many[0]:.1f} times slower.
+All 31 sites: `fit_sites` {many[0]:.1f} s, scikit-learn {many[1]:.1f} s ({many[1] / many[0]:.1f} times slower), with
+warm starts {many[2]:.1f} s ({many[2] / many[0]:.1f} times); largest gaps {gaps[0]:.1e}, {gaps[1]:.1e}, {gaps[2]:.1e}.
 
 Mass-mean, LDA and ridge of all 31 sites: `closed_forms`, one pass, {closed_one:.2f} s; probe by probe
 {closed_each:.1f} s (LDA by scikit-learn with Ledoit and Wolf's shrinkage, ridge with exact leave-one-out).

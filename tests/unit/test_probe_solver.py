@@ -10,6 +10,7 @@ from sklearn.preprocessing import StandardScaler
 
 from interp.hooks.errors import ArgumentError
 from interp.probes.inner_folds import inner_folds
+from interp.probes.logistic_path import solve_path
 from interp.probes.logistic_solver import solve_logistic
 from interp.probes.site_fits import fit_sites
 
@@ -72,6 +73,52 @@ def test_sites_columns_and_order_do_not_matter():
         (alone,) = fit_sites([site], y, folds[1:2], C[::-1], tol=1e-16)
         torch.testing.assert_close(fit.weights[1], alone.weights[0].flip(0), rtol=1e-5, atol=1e-8)
         torch.testing.assert_close(fit.loss[1], alone.loss[0].flip(0), rtol=1e-6, atol=0)
+
+
+def newton(z, y, weights, penalty, scales2):
+    """The objective, and its least value by damped Newton steps on weights and intercept, in numpy."""
+    design, ridge = np.hstack([z, np.ones((len(z), 1))]), np.append(penalty * scales2, 0.0)
+
+    def value(theta):
+        logits = design @ theta
+        return (weights * (np.logaddexp(0, logits) - y * logits)).sum() + (ridge * theta**2).sum() / 2
+
+    theta = np.zeros(len(ridge))
+    for _ in range(60):
+        p = 1 / (1 + np.exp(-design @ theta))
+        gradient = design.T @ (weights * (p - y)) + ridge * theta
+        hessian = (design.T * (weights * p * (1 - p))) @ design + np.diag(ridge)
+        step, length = np.linalg.solve(hessian, gradient), 1.0
+        while value(theta - length * step) > value(theta) and length > 1e-9:
+            length /= 2
+        theta = theta - length * step
+    return value, value(theta)
+
+
+@pytest.mark.parametrize(
+    ("penalties", "size"), [((1e3, 10.0, 0.1), 1.0), ((0.1, 1e3, 10.0), 1.0), ((1e-3,), 1.0), ((1e-3, 1.0), 300.0)]
+)
+def test_a_path_is_at_newtons_minimum_in_any_order_and_where_float32_fails(penalties, size):
+    x, y, folds = problem(80, 60, 2)
+    z = size * (x - x.mean(0)) / x.std(0)
+    weights = folds.T * torch.as_tensor(np.random.default_rng(1).integers(1, 4, 80))[:, None]
+    scales = torch.as_tensor(np.random.default_rng(2).uniform(0.5, 2, (60, 3)))
+    found = solve_path(z, y, weights, torch.tensor(penalties, dtype=torch.float64), scales, tol=1e-9)
+    assert bool(found.converged.all())
+    for fold in range(3):
+        for i, penalty in enumerate(penalties):
+            column = fold * len(penalties) + i
+            value, least = newton(z.numpy(), y.numpy(), weights[:, fold].numpy(), penalty, scales[:, fold].numpy() ** 2)
+            mine = value(np.append(found.weights[:, column, 0].numpy(), float(found.intercepts[column, 0])))
+            assert mine <= least * (1 + 1e-7)
+            assert mine == pytest.approx(float(found.objective[column]), rel=1e-9, abs=1e-14)
+
+
+def test_a_path_takes_few_steps():
+    x, y, folds = problem(80, 60, 2)
+    grid = tuple(10.0**k for k in range(-4, 3))
+    (fit,) = fit_sites([x], y, folds, grid, tol=1e-5)
+    assert float(fit.solution.iterations.double().mean()) < 6
 
 
 def test_held_out_loss_is_the_mean_log_loss_of_what_a_fold_leaves_out():
