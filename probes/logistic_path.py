@@ -97,10 +97,9 @@ class PathColumns(Columns):
 
     def _refactor(self, strength: Tensor, stale: Tensor) -> None:
         """New factors; what L-BFGS remembers of these columns is void."""
-        old = self.factors or [None] * len(stale)
+        renewed, columns = stale.tolist(), self.columns.tolist()
         self.factors = [
-            self._factor(strength[:, k], column) if renewed else factor
-            for k, (column, renewed, factor) in enumerate(zip(self.columns.tolist(), stale.tolist(), old, strict=True))
+            self._factor(strength[:, k], column) if renewed[k] else self.factors[k] for k, column in enumerate(columns)
         ]
         self.steps = [torch.where(stale[None, :, None], 0.0, s) for s in self.steps]
         self.changes = [torch.where(stale[None, :, None], 0.0, y) for y in self.changes]

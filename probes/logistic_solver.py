@@ -173,8 +173,8 @@ class Columns:
             log_p = torch.log_softmax(logits, 2)
             index = self.labels[:, None, None].expand(-1, logits.shape[1], 1)
             return log_p.exp(), -log_p.gather(2, index)[:, :, 0]
-        against = (1 - 2 * self.labels)[:, None, None] * logits
-        loss = torch.nn.functional.softplus(against, threshold=40)  # the default, 20, drops e^-20 of each example
+        against = (self.labels * -2 + 1)[:, None, None] * logits  # not softplus(logits) - y logits: that drops e^-20
+        loss = torch.nn.functional.softplus(against)
         return torch.sigmoid(logits), loss[:, :, 0]
 
     def _minus_labels(self, p: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def loosest(x, y, warm, train, least):
 
 
 def grid(x, y, rounds=3):
-    """Median seconds and largest gap of one site's grid, ways in turn: ours, and scikit-learn's where it reaches GAP."""
+    """Median seconds and largest gap of one site's grid, ways in turn: ours, scikit-learn's at GAP."""
     train, a, labels = training_parts(y), x.numpy(), y.numpy()
     (best,) = fit_sites([x], y, train, C_GRID, tol=1e-10)
     least = best.solution.objective.view(len(train), -1).numpy()
