@@ -172,7 +172,7 @@ def demo(
     if foil is not None and target is None:
         raise ArgumentError("--foil without --target", "the token that the foil is compared with", "add --target")
     spec = _spec(prompt, target, foil, {"image": image, "model": model, "image_model": image_model})
-    from interp.demo import run_demo
+    from interp.runs.demo import run_demo
 
     _quieten()
     with _progress(quiet) as step:
@@ -188,7 +188,7 @@ def _spec(prompt: str | None, target: str | None, foil: str | None, others: dict
     """The demo's specification; an option that was not given keeps its default."""
     from pydantic import ValidationError
 
-    from interp.demo import DemoSpec, PromptSpec
+    from interp.runs.demo import DemoSpec, PromptSpec
 
     given: dict[str, Any] = {key: value for key, value in others.items() if value is not None}
     try:
@@ -209,10 +209,10 @@ def run(
     quiet: Annotated[bool, _QUIET] = False,
 ) -> None:
     """Compute what a specification says, into a new run with its results, figures and report."""
-    from interp.specs import kind_of, read_spec
+    from interp.runs.specs import kind_of, read_spec
 
     wanted = read_spec(spec)
-    from interp.runs import Run
+    from interp.runs.run import Run
 
     _quieten()
     with _progress(quiet) as step:
@@ -287,7 +287,7 @@ def fetch(
 @app.command()
 def show(run: Annotated[Path, typer.Argument(help="A run's folder, or its name in ./runs.")]) -> None:
     """Show a run: what was asked, its state, its results and their checks."""
-    from interp.runs import Run
+    from interp.runs.run import Run
 
     found = Run.open(_run_folder(run))
     failure = "".join(f"\n  {key}: {value}" for key, value in found.failure.items())

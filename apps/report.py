@@ -16,7 +16,7 @@ from interp.hooks.errors import ArgumentError, RunError
 from interp.hooks.table import Table
 from interp.plots import can_draw, chart
 from interp.plots.style import legible, visible
-from interp.runs import Run
+from interp.runs.run import Run
 from interp.saving import write_atomically
 
 _ASSETS = Path(__file__).parent / "assets"

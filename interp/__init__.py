@@ -28,13 +28,13 @@ _HOME = {
     "interp.hooks.units": ["Unit"],
     "interp.hooks.votes": ["Votes"],
     "interp.attention": ["AttentionPatterns", "attention_patterns"],
-    "interp.attribution": ["Attribution", "direct_attribution"],
-    "interp.attribution_contrast": ["contrast_attribution"],
-    "interp.attribution_data": ["AttributionSummary", "attribute_dataset"],
-    "interp.data_free": ["HeadNorms", "head_norms"],
+    "interp.attribution.direct": ["Attribution", "direct_attribution"],
+    "interp.attribution.contrast": ["contrast_attribution"],
+    "interp.attribution.data": ["AttributionSummary", "attribute_dataset"],
+    "interp.attribution.head_norms": ["HeadNorms", "head_norms"],
     "interp.datasets": ["LabelledImages", "LabelledTexts", "labelled_images", "labelled_texts"],
-    "interp.dictionaries": ["Dictionary"],
-    "interp.jacobian_lens": ["JacobianLens"],
+    "interp.dictionaries.dictionary": ["Dictionary"],
+    "interp.lens.jacobian_lens": ["JacobianLens"],
     "interp.jacobians.attention_parts": ["AttentionParts", "attention_parts"],
     "interp.jacobians.checks": ["FallbackWarning"],
     "interp.jacobians.features": ["FeatureJacobian", "FeatureJacobians", "feature_jacobians"],
@@ -46,17 +46,17 @@ _HOME = {
     "interp.jacobians.results": ["JacobianMap", "Jacobians"],
     "interp.jacobians.stored": ["StoredJacobians"],
     "interp.jacobians.sweep": ["RowSweep", "row_sweep"],
-    "interp.lens": ["LogitLens", "logit_lens"],
+    "interp.lens.logit_lens": ["LogitLens", "logit_lens"],
     "interp.linear_relation": ["LinearRelation", "RelationScore"],
     "interp.low_data": ["LowDataComparison", "low_data_comparison"],
-    "interp.observable_sets": ["ObservableSet"],
-    "interp.observables": ["Observable"],
+    "interp.observables.sets": ["ObservableSet"],
+    "interp.observables.observable": ["Observable"],
     "interp.patching.activation": ["patch_grid"],
     "interp.patching.attribution": ["attribution_patching"],
     "interp.patching.edges": ["edge_attribution"],
     "interp.patching.grid": ["PatchGrid"],
     "interp.patching.paths": ["path_patch"],
-    "interp.path_search": ["PathSearch", "extend_path", "find_paths"],
+    "interp.propagation.path_search": ["PathSearch", "extend_path", "find_paths"],
     "interp.plots": ["chart"],
     "interp.predictions": ["next_tokens"],
     "interp.propagation.comparison": ["ObservableComparison", "compare_observables"],
@@ -70,21 +70,21 @@ _HOME = {
     "interp.propagation.reference": ["Reference"],
     "interp.propagation.totals": ["Totals", "propagate_all"],
     "interp.query_key": ["AttentionScore", "attention_score", "pattern_effects"],
-    "interp.run_comparison": ["RunComparison", "compare_runs"],
-    "interp.runs": ["Run"],
-    "interp.sequences": ["SequenceObservable"],
+    "interp.runs.comparison": ["RunComparison", "compare_runs"],
+    "interp.runs.run": ["Run"],
+    "interp.observables.sequences": ["SequenceObservable"],
     "interp.steering": ["Cost", "DoseResponse", "cost", "dose_response", "orthogonalize"],
-    "interp.store": ["ActivationStore"],
+    "interp.store.store": ["ActivationStore"],
 }  # fmt: skip
 
 if TYPE_CHECKING:
     from interp.attention import AttentionPatterns, attention_patterns
-    from interp.attribution import Attribution, direct_attribution
-    from interp.attribution_contrast import contrast_attribution
-    from interp.attribution_data import AttributionSummary, attribute_dataset
-    from interp.data_free import HeadNorms, head_norms
+    from interp.attribution.contrast import contrast_attribution
+    from interp.attribution.data import AttributionSummary, attribute_dataset
+    from interp.attribution.direct import Attribution, direct_attribution
+    from interp.attribution.head_norms import HeadNorms, head_norms
     from interp.datasets import LabelledImages, LabelledTexts, labelled_images, labelled_texts
-    from interp.dictionaries import Dictionary
+    from interp.dictionaries.dictionary import Dictionary
     from interp.hooks.activations import Activations
     from interp.hooks.attach import attach, load
     from interp.hooks.errors import InterpError
@@ -112,7 +112,6 @@ if TYPE_CHECKING:
     from interp.hooks.table import Table
     from interp.hooks.units import Unit
     from interp.hooks.votes import Votes
-    from interp.jacobian_lens import JacobianLens
     from interp.jacobians.attention_parts import AttentionParts, attention_parts
     from interp.jacobians.checks import FallbackWarning
     from interp.jacobians.features import FeatureJacobian, FeatureJacobians, feature_jacobians
@@ -124,17 +123,18 @@ if TYPE_CHECKING:
     from interp.jacobians.results import JacobianMap, Jacobians
     from interp.jacobians.stored import StoredJacobians
     from interp.jacobians.sweep import RowSweep, row_sweep
-    from interp.lens import LogitLens, logit_lens
+    from interp.lens.jacobian_lens import JacobianLens
+    from interp.lens.logit_lens import LogitLens, logit_lens
     from interp.linear_relation import LinearRelation, RelationScore
     from interp.low_data import LowDataComparison, low_data_comparison
-    from interp.observable_sets import ObservableSet
-    from interp.observables import Observable
+    from interp.observables.observable import Observable
+    from interp.observables.sequences import SequenceObservable
+    from interp.observables.sets import ObservableSet
     from interp.patching.activation import patch_grid
     from interp.patching.attribution import attribution_patching
     from interp.patching.edges import edge_attribution
     from interp.patching.grid import PatchGrid
     from interp.patching.paths import path_patch
-    from interp.path_search import PathSearch, extend_path, find_paths
     from interp.plots import chart
     from interp.predictions import next_tokens
     from interp.propagation.comparison import ObservableComparison, compare_observables
@@ -149,16 +149,16 @@ if TYPE_CHECKING:
         validate_coupling,
     )
     from interp.propagation.mlp_points import AverageGradient, Boundary, MeanPoint
+    from interp.propagation.path_search import PathSearch, extend_path, find_paths
     from interp.propagation.paths import Path, Step
     from interp.propagation.propagate import propagate
     from interp.propagation.reference import Reference
     from interp.propagation.totals import Totals, propagate_all
     from interp.query_key import AttentionScore, attention_score, pattern_effects
-    from interp.run_comparison import RunComparison, compare_runs
-    from interp.runs import Run
-    from interp.sequences import SequenceObservable
+    from interp.runs.comparison import RunComparison, compare_runs
+    from interp.runs.run import Run
     from interp.steering import Cost, DoseResponse, cost, dose_response, orthogonalize
-    from interp.store import ActivationStore
+    from interp.store.store import ActivationStore
 
 __all__ = [
     "ActivationStore", "Activations", "Add", "AttentionParts", "AttentionPatterns", "AttentionScore", "Attribution",

@@ -18,14 +18,14 @@ from interp.hooks.interventions import Set
 from interp.hooks.model import Model
 from interp.hooks.site import Site
 from interp.hooks.table import Rows
-from interp.jacobian_fit import NO_CLOSED_FORM
 from interp.jacobians.chain import Step, find_steps
 from interp.jacobians.checks import FallbackWarning, tolerance
 from interp.jacobians.graph import Recording
 from interp.jacobians.jacobian import jacobian
 from interp.jacobians.places import End, find_ends
 from interp.jacobians.stream_sweep import StreamSweep
-from interp.lens import read_logits
+from interp.lens.fit import NO_CLOSED_FORM
+from interp.lens.logit_lens import read_logits
 
 Pair = tuple[str, str]
 

@@ -16,10 +16,10 @@ from interp.hooks.errors import ArgumentError
 from interp.hooks.interventions import Add, Intervention, PlanLike
 from interp.hooks.model import Model
 from interp.hooks.table import Rows, Table
-from interp.observables import Observable
+from interp.observables.observable import Observable
+from interp.observables.readout import Readout
+from interp.observables.sequences import refuse_sequence
 from interp.propagation.feature_vectors import FeatureVector
-from interp.readout import Readout
-from interp.sequences import refuse_sequence
 
 
 @dataclass(frozen=True)

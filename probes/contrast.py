@@ -9,7 +9,7 @@ from torch import Tensor
 
 from interp.hooks.errors import ArgumentError
 from interp.hooks.table import Table
-from interp.observables import Observable
+from interp.observables.observable import Observable
 from interp.probes.estimator import Probe, as_array, check_is_fitted, check_lengths, check_width
 
 UNKNOWN = -1

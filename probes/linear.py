@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.hooks.errors import ArgumentError
-from interp.observables import Observable
+from interp.observables.observable import Observable
 from interp.probes.estimator import (
     ConvergenceWarning,
     SkipFirst,

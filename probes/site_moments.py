@@ -19,7 +19,7 @@ from interp.hooks.errors import ArgumentError, SizeError
 from interp.probes.erasure import LabelledMoments, LeaceEraser, LeaceFitter, oas
 from interp.probes.estimator import as_array, check_lengths
 from interp.probes.linear import LDAProbe, MassMeanProbe, RidgeProbe, two_rows_to_one
-from interp.store import ActivationStore
+from interp.store.store import ActivationStore
 
 Source = ActivationStore | Mapping[str, Any]
 Block = tuple[Int64[Tensor, "m"], Float[Tensor, "m d"]]

@@ -20,7 +20,7 @@ from interp.probes.fitting import as_numbers, count, fit, probabilities, take
 from interp.probes.scores import balanced_accuracy, log_losses, score_table
 from interp.probes.splits import Split, duplicate_groups, outer_folds
 from interp.probes.tokens import TokenSets
-from interp.store import ActivationStore
+from interp.store.store import ActivationStore
 
 METRICS = ("accuracy", "balanced_accuracy", "roc_auc", "average_precision", "log_loss", "brier", "ece")
 INNER = 3

@@ -14,7 +14,7 @@ from interp.hooks.interventions import Erase
 from interp.hooks.model import Model, main_tensor
 from interp.hooks.site import SiteLike
 from interp.hooks.table import Rows, Table
-from interp.observables import Observable
+from interp.observables.observable import Observable
 from interp.probes.erasure import LeaceEraser, LeaceFitter, Method
 from interp.probes.intervals import Interval, bootstrap_ci, permutation_p
 

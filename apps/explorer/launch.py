@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from interp.hooks.errors import ArgumentError, MissingExtraError
-from interp.runs import Run
+from interp.runs.run import Run
 
 _HOST = "127.0.0.1"
 _OPTIONS = {

@@ -12,7 +12,7 @@ from interp.apps.explorer.probes import probing
 from interp.apps.explorer.state import bound, link, runs_folder, write_address
 from interp.hooks.errors import ArgumentError, InterpError
 from interp.plots.pictures import signed
-from interp.runs import Run
+from interp.runs.run import Run
 
 _MORE = {"Probes": "probes"}
 PAGES = {

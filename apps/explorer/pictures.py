@@ -12,7 +12,7 @@ import streamlit as st
 from interp.apps.explorer import desk
 from interp.apps.explorer.state import bound, link
 from interp.hooks.errors import ArgumentError, InputError, InterpError
-from interp.scope_specs import open_picture
+from interp.runs.scope_specs import open_picture
 
 _SAMPLES = ("sample:china.jpg", "sample:flower.jpg")
 _SIDE = 48

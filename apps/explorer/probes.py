@@ -6,7 +6,7 @@ from interp.apps.explorer import desk
 from interp.apps.explorer.runs import PROBING, opened, result
 from interp.apps.explorer.state import link
 from interp.hooks.errors import InterpError
-from interp.runs import Run
+from interp.runs.run import Run
 
 
 def probing(run: Run) -> list[str]:

@@ -12,7 +12,7 @@ from interp.apps.explorer.calls import Call, call, script
 from interp.apps.explorer.state import bound, link, put, runs_folder
 from interp.hooks.errors import InterpError, RunError
 from interp.plots import can_draw
-from interp.runs import Run
+from interp.runs.run import Run
 
 _MOST = 500
 PROBING = ("ProbeSweep", "LearningCurve", "TransferMatrix")

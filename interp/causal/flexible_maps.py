@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.causal.maps import AlignmentMap, FixedMap, IdentityMap, InvertibleMap, LowRankMap, OrthogonalMap, PCAMap
-from interp.dictionaries import Dictionary
+from interp.dictionaries.dictionary import Dictionary
 from interp.hooks.errors import ArgumentError, ShapeMismatchError
 
 _HOT, _COLD = 50.0, 0.1  # temperatures of a learned partition, at the start and at the end

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from interp.dictionaries import Dictionary
+from interp.dictionaries.dictionary import Dictionary
 from interp.hooks.errors import ArgumentError, SizeError
 from interp.hooks.examples import each_example
 from interp.hooks.inputs import Batch

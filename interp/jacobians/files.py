@@ -23,7 +23,7 @@ from interp.hooks.inputs import Batch
 from interp.hooks.model import Model
 from interp.jacobians.plan import readable
 from interp.saving import write_atomically
-from interp.store_files import versions, weights_sha256
+from interp.store.files import versions, weights_sha256
 
 if TYPE_CHECKING:
     from interp.jacobians.results import Jacobians

@@ -14,7 +14,7 @@ from interp.hooks.site import SiteLike
 from interp.hooks.table import Rows
 from interp.jacobians.jacobian import jacobian
 from interp.jacobians.reductions import JacobianSummary
-from interp.store_files import weights_sha256
+from interp.store.files import weights_sha256
 
 
 @dataclass(frozen=True, eq=False)

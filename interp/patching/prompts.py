@@ -16,8 +16,8 @@ from interp.hooks.errors import ArgumentError, SiteUnavailableError
 from interp.hooks.inputs import Batch
 from interp.hooks.interventions import PlanLike
 from interp.hooks.model import Model
-from interp.observables import Observable
-from interp.sequences import SequenceObservable
+from interp.observables.observable import Observable
+from interp.observables.sequences import SequenceObservable
 
 Direction = Literal["denoise", "noise"]
 Side = Literal["clean", "corrupt"]

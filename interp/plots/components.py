@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from interp.attribution import Attribution
+from interp.attribution.direct import Attribution
 from interp.hooks.errors import ArgumentError
 from interp.plots.sources import sources_chart
 from interp.plots.style import DIVERGING, INK, LABEL, MUTED, Clicks, Sets, finish, legible, ordered, padded, sign_colour

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from interp.hooks.errors import ArgumentError
-from interp.jacobian_lens import JacobianLens
 from interp.jacobians.reductions import JacobianSummary
+from interp.lens.jacobian_lens import JacobianLens
 from interp.linear_relation import RelationScore
 from interp.plots.style import DIVERGING, LABEL, MUTED, POSITIVE, Sets, finish, ordered, visible
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from interp.hooks.errors import ArgumentError
-from interp.lens import LogitLens
+from interp.lens.logit_lens import LogitLens
 from interp.plots.style import INK, LABEL, LINE, MUTED, NEGATIVE, POSITIVE, Clicks, Sets, finish, ordered, visible
 
 _COLOURS = (POSITIVE, NEGATIVE, "#5b8c5a", "#8064a2", "#7f7f7f")

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.attribution.output_parts import output_parts
 from interp.hooks.errors import ArgumentError
 from interp.hooks.linear_scope import LinearScope
 from interp.hooks.windows import pool
-from interp.output_parts import output_parts
 from interp.plots.parts import parts_chart
 from interp.plots.pictures import Panel, blank, colours, picture_grid, picture_lines, signed
 from interp.plots.pixels import pixels_chart

@@ -4,7 +4,6 @@ import re
 from typing import Any
 
 from interp.hooks.errors import ArgumentError
-from interp.path_search import PathSearch
 from interp.plots.agreement import agreement
 from interp.plots.style import (
     INK,
@@ -20,6 +19,7 @@ from interp.plots.style import (
     signed,
     visible,
 )
+from interp.propagation.path_search import PathSearch
 
 _WIDE = 420
 _PLACE = re.compile(r"@(\d+)")

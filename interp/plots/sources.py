@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from interp.attribution import Attribution
-from interp.data_free import HeadNorms
+from interp.attribution.direct import Attribution
+from interp.attribution.head_norms import HeadNorms
 from interp.hooks.errors import ArgumentError
 from interp.plots.style import DIVERGING, LABEL, Clicks, Sets, finish, legible, ordered, visible
 

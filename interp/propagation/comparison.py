@@ -13,12 +13,12 @@ from interp.hooks.linearization import LinearizationLike
 from interp.hooks.model import Model
 from interp.hooks.site import SiteLike
 from interp.hooks.table import Rows, Table
-from interp.observables import Observable
+from interp.observables.observable import Observable
+from interp.observables.sequences import refuse_sequence
 from interp.propagation.feature_vectors import cosine, coupling
 from interp.propagation.paths import PathLike
 from interp.propagation.propagate import propagate
 from interp.propagation.reference import Reference
-from interp.sequences import refuse_sequence
 
 
 @dataclass(frozen=True)

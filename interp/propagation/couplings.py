@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.attribution import read_observables
+from interp.attribution.direct import read_observables
 from interp.hooks.errors import ArgumentError
 from interp.hooks.model import Model
 from interp.hooks.table import Rows

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from interp.hooks.errors import ArgumentError
 from interp.hooks.model import Model
-from interp.observables import Observable
+from interp.observables.observable import Observable
+from interp.observables.sequences import refuse_sequence
 from interp.propagation.paths import Path, Step
 from interp.propagation.reference import Reference
 from interp.propagation.stages import MLP
-from interp.sequences import refuse_sequence
 
 _BRANCHES = ("attn.hook_out", "mlp.hook_out")
 

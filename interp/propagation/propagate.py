@@ -8,7 +8,8 @@ from interp.hooks.errors import ArgumentError
 from interp.hooks.linearization import Linearization, LinearizationLike
 from interp.hooks.model import Model
 from interp.hooks.site import Site, SiteLike
-from interp.observables import Observable
+from interp.observables.observable import Observable
+from interp.observables.sequences import refuse_sequence
 from interp.propagation.feature_vectors import FeatureVector
 from interp.propagation.mlp_points import MLPPoint
 from interp.propagation.paths import Path, PathLike, Step
@@ -16,7 +17,6 @@ from interp.propagation.reference import Reference, Weights
 from interp.propagation.stages import MLP, Pulled, pull_branch, pull_gain, pull_head, pull_norm_at
 from interp.propagation.starts import Measured, path_to, pre_cap_note, start_of
 from interp.propagation.totals import propagate_all
-from interp.sequences import refuse_sequence
 
 Attn = Literal["pattern", "ov"]
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from interp.hooks.errors import ArgumentError
 from interp.hooks.model import Model
 from interp.hooks.site import Site
-from interp.observables import Observable
+from interp.observables.observable import Observable
+from interp.observables.sequences import SequenceObservable
 from interp.propagation.paths import Path, Step
 from interp.propagation.reference import Reference
-from interp.sequences import SequenceObservable
 
 Measured = Observable | SequenceObservable
 

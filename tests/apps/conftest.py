@@ -68,7 +68,7 @@ def open_page(browser):
 @pytest.fixture(scope="session")
 def tiny_run(tokenizer, tmp_path_factory):
     """The demo's run on tiny models. Read only."""
-    from interp import demo
+    from interp.runs import demo
     from tests.apps.samples import tiny_load
 
     with pytest.MonkeyPatch.context() as patch:

@@ -3,12 +3,12 @@
 import torch
 from torch import nn
 
-from interp.attribution import Attribution
+from interp.attribution.direct import Attribution
 from interp.hooks.attach import attach
 from interp.hooks.networks.images import CropResizeScale
 from interp.hooks.table import Table
 from interp.hooks.votes import Votes
-from interp.lens import LogitLens
+from interp.lens.logit_lens import LogitLens
 from tests.cases import build, perturb
 
 HOSTILE = [

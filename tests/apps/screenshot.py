@@ -7,7 +7,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 from interp.apps.report import write_report
-from interp.runs import Run
+from interp.runs.run import Run
 from tests.apps.conftest import CHROMIUM, FLAGS
 
 # Two figures of the report side by side, under their headings; the rest is put away.

@@ -19,7 +19,7 @@ TINY = ["--model", "tiny-words", "--image-model", "tiny-eyes"]
 @pytest.fixture
 def call(monkeypatch, tmp_path, tokenizer):
     """Run a command in an empty folder, with tiny models in the place of real ones."""
-    from interp import demo
+    from interp.runs import demo
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "load", tiny_load(tokenizer))
@@ -153,7 +153,7 @@ def test_show_refuses_what_is_no_run(call, tmp_path):
 def test_warnings_are_notes(call, monkeypatch):
     import warnings
 
-    from interp import demo
+    from interp.runs import demo
 
     plain = demo.load
 
@@ -169,7 +169,7 @@ def test_warnings_are_notes(call, monkeypatch):
 
 
 def test_an_interrupt_is_130(call, monkeypatch):
-    from interp import demo
+    from interp.runs import demo
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -183,7 +183,7 @@ def test_an_interrupt_is_130(call, monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_an_interrupted_process_is_130(tmp_path):
     code = (
-        "import os, signal, interp.demo as d\n"
+        "import os, signal, interp.runs.demo as d\n"
         "d.run_demo = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "import sys; sys.argv = ['interp', 'demo']; from interp.apps.cli import main; main()"
     )

@@ -35,7 +35,7 @@ def test_two_runs_are_bit_identical(runs):
 
 
 def test_every_decomposition_is_complete(runs):
-    from interp.runs import Run
+    from interp.runs.run import Run
 
     table = Run.open(runs[0]).load("completeness")
     assert len(table) == 6
@@ -73,7 +73,7 @@ def clicked(page, figure: str, view: str, number: int) -> str:
 
 @pytest.mark.browser
 def test_a_clicked_head_is_shown_in_the_bars_and_summed(report, open_page):
-    from interp.runs import Run
+    from interp.runs.run import Run
 
     page, seen = open_page(report)
     found = Run.open(report.parent).load("prompt-1-attribution")
@@ -89,7 +89,7 @@ def test_a_clicked_head_is_shown_in_the_bars_and_summed(report, open_page):
 @pytest.mark.browser
 def test_clicked_cells_of_a_picture_are_summed(report, open_page):
     from interp.plots.votes import pool
-    from interp.runs import Run
+    from interp.runs.run import Run
 
     page, seen = open_page(report)
     cells = pool(Run.open(report.parent).load("image-votes").map).flatten()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from interp.attribution.output_parts import output_parts
 from interp.hooks.attach import attach
 from interp.hooks.errors import ArgumentError
 from interp.hooks.linear_scope import LinearScope
@@ -16,7 +17,6 @@ from interp.hooks.spectra import SVD
 from interp.hooks.token_blocks import TokenBlocks
 from interp.hooks.votes import BiasReport
 from interp.hooks.windows import pool
-from interp.output_parts import output_parts
 from interp.plots import can_draw, chart
 from interp.plots.biases import bias_maps, bias_rows
 from interp.plots.linear import impulse_response, receptive_filter

@@ -5,9 +5,9 @@ import torch
 
 from interp.hooks.errors import ArgumentError
 from interp.patching.grid import PatchGrid
-from interp.path_search import PathSearch
 from interp.plots import chart
 from interp.propagation.couplings import Couplings
+from interp.propagation.path_search import PathSearch
 from tests.apps.samples import HOSTILE
 
 

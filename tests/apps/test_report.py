@@ -9,7 +9,7 @@ import pytest
 from interp.apps.report import render, sections, write_report
 from interp.hooks.errors import RunError
 from interp.hooks.table import Table
-from interp.runs import Run
+from interp.runs.run import Run
 from tests.apps.samples import HOSTILE, attribution, lens, token_votes, tokens_table
 
 

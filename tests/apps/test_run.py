@@ -12,8 +12,8 @@ from interp.apps.report import sections, write_report
 from interp.hooks.attach import attach
 from interp.hooks.errors import ArgumentError
 from interp.hooks.networks.images import RawPixels
-from interp.runs import Run
-from interp.specs import KINDS, execute, make_spec, read_spec
+from interp.runs.run import Run
+from interp.runs.specs import KINDS, execute, make_spec, read_spec
 from tests.apps.samples import tiny_load
 from tests.apps.test_plots_linear import Enlarger
 
@@ -43,7 +43,7 @@ svd: {k: 3, input_window: [2, 2, 8, 8]}
 @pytest.fixture
 def call(monkeypatch, tmp_path, tokenizer):
     """Run a specification in an empty folder, with tiny models in the place of real ones."""
-    from interp import scope_specs
+    from interp.runs import scope_specs
 
     plain = tiny_load(tokenizer)
 
@@ -157,7 +157,7 @@ def test_a_bad_specification_is_refused_before_any_work(call, tmp_path, monkeypa
     from interp.hooks import attach as attaching
 
     if "smollm2-135" in text:
-        from interp import scope_specs
+        from interp.runs import scope_specs
 
         monkeypatch.setattr(scope_specs, "load", attaching.load)
     result = call(text)
@@ -176,7 +176,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("error", "code"), [(RuntimeError("the cat sat"), 1), (ArgumentError("the cat sat"), 1)])
 def test_a_crash_keeps_what_was_finished_and_says_where(call, tmp_path, monkeypatch, error, code):
-    from interp import scope_runs
+    from interp.runs import scope_runs
 
     def fail(*_):
         raise error
@@ -215,7 +215,7 @@ def test_every_kind_has_its_specification():
 
 
 def test_the_demo_is_a_kind(monkeypatch, tmp_path, tokenizer):
-    from interp import demo
+    from interp.runs import demo
 
     monkeypatch.setattr(demo, "load", tiny_load(tokenizer))
     path = tmp_path / "demo.yaml"
@@ -249,7 +249,7 @@ def test_figures_come_back_and_names_are_plain(tmp_path):
 
 @pytest.mark.parametrize("network", [nn.Linear(3, 2)])
 def test_a_network_without_pictures_is_refused(monkeypatch, network):
-    from interp import scope_specs
+    from interp.runs import scope_specs
 
     monkeypatch.setattr(scope_specs, "load", lambda name: attach(network, layout="modules"))
     spec = make_spec("linear_scope", {"model": "x", "inputs": [{"image": "sample:china.jpg"}]}, "here")

@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from interp.apps import cli
 from interp.apps.report import sections
-from interp.runs import Run
+from interp.runs.run import Run
 from tests.apps.samples import tiny_load
 
 PROPAGATION = """
@@ -34,7 +34,7 @@ grids:
 @pytest.fixture
 def call(monkeypatch, tmp_path, tokenizer):
     """Run a specification in an empty folder, with a tiny model in the place of a real one."""
-    from interp import language_specs
+    from interp.runs import language_specs
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(language_specs, "load", tiny_load(tokenizer))

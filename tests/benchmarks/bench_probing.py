@@ -23,7 +23,7 @@ import interp
 from interp.probes import LDAProbe, MassMeanProbe, RidgeProbe, closed_forms, fit_sites
 from interp.probes.linear import C_GRID
 from interp.probes.splits import outer_folds
-from interp.store import ActivationStore
+from interp.store.store import ActivationStore
 from tests.unit.test_streaming_memory import BUDGET, CHILD
 
 SITES = ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_post"]

@@ -16,7 +16,7 @@ from interp.probes import (
     sweep,
 )
 from interp.probes.controls import held_out_score
-from interp.store import ActivationStore
+from interp.store.store import ActivationStore
 from tests.conftest import missing
 from tests.real.test_datasets import fetched
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from interp.runs import Run
-from interp.specs import read_spec
+from interp.runs.run import Run
+from interp.runs.specs import read_spec
 
 ROOT = Path(__file__).parents[2]
 SPECS = sorted((ROOT / "tutorials" / "specs").glob("*.yaml"))

@@ -5,7 +5,7 @@ import torch
 from torch.func import jacrev
 
 import interp
-from interp.dictionaries import Dictionary
+from interp.dictionaries.dictionary import Dictionary
 from interp.hooks.errors import ArgumentError, SizeError
 from interp.saving import load_result, save_result
 from tests.cases import HAND_LAYOUT, IDS, build, build_hand

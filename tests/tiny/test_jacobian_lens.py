@@ -94,7 +94,7 @@ def test_ways_agree(name):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "olmo2"])
 def test_few_covectors_at_once_change_nothing(name, monkeypatch):
     whole = fit(name, ROWS[:1], check=False)
-    monkeypatch.setattr("interp.jacobian_fit.PromptJacobians._rows", lambda self, sweep: 5)
+    monkeypatch.setattr("interp.lens.fit.PromptJacobians._rows", lambda self, sweep: 5)
     parts = fit(name, ROWS[:1], check=False)
     for layer in whole.layers:
         assert relative(parts.matrices[layer], whole.matrices[layer]) < 1e-6
@@ -185,7 +185,7 @@ class Killed(Exception):
 
 
 def test_a_killed_fit_goes_on(model, lens, tmp_path, monkeypatch):
-    from interp.jacobian_fit import PromptJacobians
+    from interp.lens.fit import PromptJacobians
 
     file, plain, calls = tmp_path / "part", PromptJacobians.__call__, []
 

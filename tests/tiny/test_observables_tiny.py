@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 import interp
 from interp import Observable, ObservableSet
 from interp.hooks.errors import ArgumentError, InputError, SiteError, TokenError
-from interp.readout import Readout
+from interp.observables.readout import Readout
 from tests.cases import DECODERS, VOCAB, WIDTH, build, inputs_for
 
 FAMILIES = ["llama", "gpt2", "gpt-j", "cohere", "granite", "gemma2"]
@@ -65,7 +65,7 @@ def test_float64_weights_are_pulled_in_float64():
 
 
 def test_rows_are_gathered_in_parts_of_any_size(monkeypatch):
-    import interp.readout as readout
+    import interp.observables.readout as readout
 
     model, _ = model_and_ids("gpt-j", dtype=torch.bfloat16)
     w, offsets = a_set(model).pull_to_stream(model)

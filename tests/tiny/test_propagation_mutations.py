@@ -8,7 +8,7 @@ import torch
 from interp.hooks.block_weights import Projection
 from interp.hooks.errors import InterpError
 from interp.hooks.weights import Norm
-from interp.observables import Observable
+from interp.observables.observable import Observable
 from interp.propagation import components, exact_paths, propagate, stages, totals
 from interp.propagation.reference import Reference, Weights
 from tests import propagation_oracles as oracles

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import interp
-from interp import store_files
 from interp.hooks.errors import ArgumentError, InputError, NonFiniteError, SiteError, SizeError, StoreError
 from interp.probes import MassMeanProbe, closed_forms, stream_probes, sweep
-from interp.store import ActivationStore
-from interp.store_build import StoreWarning
+from interp.store import files as store_files
+from interp.store.build import StoreWarning
+from interp.store.store import ActivationStore
 from tests.cases import build, build_cnn, build_hand
 
 SITES = ["blocks.*.hook_resid_post", "blocks.1.attn.hook_z"]

@@ -6,11 +6,11 @@ import multiprocessing
 import pytest
 import torch
 
-from interp.attribution import Attribution
+from interp.attribution.direct import Attribution
 from interp.hooks.errors import RunError
 from interp.hooks.table import Table
 from interp.hooks.votes import Votes
-from interp.runs import Run, canonical
+from interp.runs.run import Run, canonical
 from interp.saving import load_result, save_result
 
 

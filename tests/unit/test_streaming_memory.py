@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import interp
-from interp.store import ActivationStore
+from interp.store.store import ActivationStore
 
 BUDGET, SLACK = 24 << 20, 40 << 20  # slack: labels and folds, kernels that torch loads when first used
 CHILD = """
 import sys
 import numpy as np, torch
 from interp.probes import LDAProbe, closed_forms, stream_probes
-from interp.store import ActivationStore
+from interp.store.store import ActivationStore
 
 def status(field):
     return int(next(l for l in open("/proc/self/status") if l.startswith(field)).split()[1]) * 1024

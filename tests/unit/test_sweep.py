@@ -19,7 +19,7 @@ from interp.probes import (
     transfer_matrix,
 )
 from interp.probes.scores import balanced_accuracy
-from interp.store import ActivationStore
+from interp.store.store import ActivationStore
 
 
 def task(n=80, sites=3, seed=0):

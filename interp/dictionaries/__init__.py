@@ -1,0 +1,1 @@
+"""Dictionaries of features: encoders and decoders, and their files."""

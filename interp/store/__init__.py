@@ -1,0 +1,1 @@
+"""Activation stores: what a model computed on a data set, on disk."""
