@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import streamlit as st
 
@@ -15,6 +16,7 @@ from interp.hooks.packaged import LANGUAGE_MODEL, PACKAGED
 MOST_TOKENS = 1024
 _MOST_CHARACTERS = 100_000
 _PILLS = 64
+_COLUMNS = 24  # tokens of a lens: more are cut off on the left
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,21 @@ def target_and_foil(asked: Asked, at: int) -> tuple[str | int, str | int] | None
             st.text_input(f"other {label.lower()}", key=key, placeholder="␣Mary", on_change=_write, args=(field, key))
         found.append(link()[field])
     return _term(found[0]), _term(found[1])
+
+
+def pair() -> list[str | int]:
+    """Target and foil, where they were chosen."""
+    return [_term(link()[field]) for field in ("target", "foil") if link()[field]]
+
+
+def lens_window(asked: Asked, at: int) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Positions that a lens reads, the column of its figure that is open, and a word on what is left out."""
+    n = len(asked.tokens)
+    if n <= _COLUMNS:
+        return {}, {} if at == n - 1 else {"position": at}, ""
+    shown = range(max(0, at + 1 - _COLUMNS), max(at + 1, _COLUMNS))
+    column = {} if at == shown[-1] else {"position": at - shown[0]}
+    return {"positions": list(shown)}, column, f"Shown are the {len(shown)} tokens up to the chosen one. "
 
 
 def next_tokens(asked: Asked, at: int, k: int = 10, **options) -> Call:

@@ -1,4 +1,4 @@
-"""Page Jacobians: spectra by layer, and what tokens have in common at one."""
+"""Page Jacobians: spectra by layer, what tokens have in common at one, and a lens of averaged Jacobians."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from interp.apps.explorer import controls, desk
 from interp.apps.explorer.calls import call
 from interp.apps.explorer.controls import Asked
 from interp.apps.explorer.state import bound, link, put
+from interp.hooks.errors import InputError
 
 _BETWEEN = {
     "whole block": ("hook_resid_pre", "hook_resid_post"),
@@ -15,6 +16,7 @@ _BETWEEN = {
     "attention": ("hook_resid_pre", "hook_attn_out"),
 }
 _VALUES, _TOKENS = 8, 24
+_LENS_TOKENS = 48  # where a text that a lens is averaged over is cut
 
 
 def show() -> None:
@@ -26,6 +28,7 @@ def show() -> None:
     ends = _BETWEEN[between]
     _by_layer(asked, at, ends)
     _by_token(asked, ends)
+    _lens(asked, at)
 
 
 def _by_layer(asked: Asked, at: int, ends: tuple[str, str]) -> None:
@@ -63,3 +66,26 @@ def _by_token(asked: Asked, ends: tuple[str, str]) -> None:
     with right:
         desk.figure("singular-values", reduce(f"svd:{_VALUES}"), "singular values")
         st.caption("Singular values of these Jacobians: the median over tokens.")
+
+
+def _lens(asked: Asked, at: int) -> None:
+    st.subheader("A lens of averaged Jacobians", anchor=False)
+    st.text_area("Averaged over these texts, one a line, of more than 17 tokens", height=80, **bound("texts"))
+    texts = [line for line in link()["texts"].splitlines() if line.strip()]
+    if not texts:
+        desk.complain(InputError("no text to average over", "at least one line"))
+        return
+    where, column, said = controls.lens_window(asked, at)
+    fitted = call("lens", "interp.JacobianLens.fit", asked.model, texts, max_tokens=_LENS_TOKENS)
+    lens = desk.result(fitted, "fitting a lens", ask=f"Fit a lens on {len(texts)} texts")
+    if lens is None:
+        return
+    pair = controls.pair()
+    read = fitted.method("read", "readout", asked.model, asked.prompt, pair, **where)
+    desk.figure("jacobian-lens", read, "Jacobian lens", **column)
+    st.caption(
+        f"{said}Each cell is what the layer will say: its stream is carried to the last layer by the Jacobian averaged "
+        f"over {lens.tokens} tokens of {lens.count} texts. Below, for comparison, the logit lens."
+    )
+    plain = call("plain", "interp.logit_lens", asked.model, asked.prompt, pair, **where)
+    desk.figure("logit-lens", plain, "logit lens", **column)

@@ -9,7 +9,6 @@ from interp.apps.explorer.calls import call
 from interp.apps.explorer.controls import Asked
 from interp.apps.explorer.state import bound, link, put
 
-_COLUMNS = 24  # tokens of a lens: more are cut off on the left
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern")
 _ROWS = 32  # patched runs in one forward call
 
@@ -34,14 +33,9 @@ def show() -> None:
 
 def _lens(asked: Asked, at: int, pair: tuple[Any, Any]) -> None:
     st.subheader("The answer, layer by layer", anchor=False)
-    n = len(asked.tokens)
-    shown = range(n) if n <= _COLUMNS else range(max(0, at + 1 - _COLUMNS), max(at + 1, _COLUMNS))
-    whole = len(shown) == len(asked.tokens)
-    where: dict[str, Any] = {} if whole else {"positions": list(shown)}
-    column: dict[str, Any] = {} if at == shown[-1] else {"position": at - shown[0]}
+    where, column, said = controls.lens_window(asked, at)
     lens = call("lens", "interp.logit_lens", asked.model, asked.prompt, [*pair], **where)
     desk.figure("logit-lens", lens, "logit lens", picked=_place, param="column", **column)
-    said = "" if whole else f"Shown are the {len(shown)} tokens up to the chosen one. "
     st.caption(
         f"{said}Each cell is the token that the layer would give if it were the last; lines are the ranks of target "
         "and foil. Click a column to read there."

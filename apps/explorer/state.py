@@ -8,11 +8,16 @@ from typing import Any
 
 import streamlit as st
 
+# What a lens is averaged over, one text a line: from the Universal Declaration of Human Rights.
+TEXTS = (
+    "Everyone has the right to life, liberty and security of person. No one shall be held in slavery or servitude.\n"
+    "Everyone has the right to education. Education shall be free, at least in the elementary and fundamental stages."
+)
 DEFAULTS = {
     "page": "", "model": "", "prompt": "When Mary and John went to the store, John gave a drink to", "target": "",
     "foil": "", "corrupt": "", "position": "", "layer": "", "head": "", "path": "", "sites": "resid_pre",
     "image_model": "", "image": "sample:china.jpg", "class": "", "against": "", "pixel": "", "out": "", "run": "",
-    "other": "", "dose": "", "input": "text", "between": "",
+    "other": "", "dose": "", "input": "text", "between": "", "texts": TEXTS,
 }  # fmt: skip
 # What the built-in prompt is compared with, on the model that it was chosen for.
 _EXAMPLE = {

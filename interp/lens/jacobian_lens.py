@@ -195,7 +195,7 @@ class JacobianLens(Rows):
     @torch.no_grad()
     def readout(
         self, model: Model, prompt: Any, follow: Sequence[str | int] = (), k: int = 5, *,
-        layers: Sequence[int] | None = None, plan=(),
+        layers: Sequence[int] | None = None, positions: Any = None, plan=(),
     ) -> LogitLens:  # fmt: skip
         """Return what each layer says by this lens, softmax(W_U N(J_l x_l) + b_U), and the model's own at the end.
 
@@ -205,10 +205,12 @@ class JacobianLens(Rows):
             follow: Tokens whose rank and probability are followed through the layers.
             k: How many of the most likely tokens to keep.
             layers: Some of the lens's; all by default.
+            positions: Behind which tokens to read, as `capture` takes them; all by default.
             plan: Interventions under which the model runs.
 
         Raises:
             ArgumentError: If the lens does not fit the model, has no such layer, or there is more than one prompt.
+            PositionError: If a position lies outside the prompt.
             SiteUnavailableError: If the model has no final norm and unembedding.
             TokenError: If a followed token is not exactly one.
         """
@@ -224,12 +226,13 @@ class JacobianLens(Rows):
         if unknown := [layer for layer in wanted if layer not in self.matrices]:
             raise ArgumentError(f"layer {unknown[0]}", f"one of {self.layers}")
         names = {layer: f"blocks.{layer}.hook_resid_post" for layer in (*wanted, last)}
-        acts = capture_streams(model, batch, list(names.values()), plan)
+        places = None if positions is None else batch.positions(positions)[0].tolist()
+        acts = capture_streams(model, batch, list(names.values()), plan, places)
         streams = {
             str(layer): acts[name][0] if layer == last else self.transport(acts[name][0], layer)
             for layer, name in names.items()
         }
-        return read_streams(model, batch, streams, ids, k, "Jacobian lens")
+        return read_streams(model, batch, streams, ids, k, "Jacobian lens", positions=places)
 
     def to_records(self) -> list[dict[str, Any]]:
         """One row for each layer: size of J_l, its distance from the identity, its trace."""

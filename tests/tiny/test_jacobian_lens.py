@@ -313,6 +313,10 @@ def test_readout_is_the_final_norm_and_unembedding_of_what_was_carried(model, le
     final = torch.log_softmax(acts["logits"][0], -1)
     assert (read.probabilities[2] - final[:, [9, 17]].exp()).abs().max() < 1e-5
     assert lens.readout(model, ROWS[0], layers=[1]).layers == ["1", "2"]
+    some = lens.readout(model, ROWS[0], follow=[9, 17], k=3, positions=[-1, 2])
+    assert some.places == [len(ROWS[0]) - 1, 2]
+    torch.testing.assert_close(some.probabilities, read.probabilities[:, some.places])
+    assert some.tokens == [read.tokens[p] for p in some.places]
     assert interp.chart(read).to_dict()
 
 
