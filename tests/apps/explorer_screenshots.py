@@ -26,7 +26,7 @@ SHOTS = {
         {"page": "Linear map", "input": "picture", "image_model": "esrgan-slim-x2", "pixel": "20,22"},
         ["Compute six"],
     ),
-    "jacobians": ({"page": "Jacobians", "layer": "6"}, ["Compute 8", "Compute the Jacobians"]),
+    "jacobians": ({"page": "Jacobians", "layer": "6"}, ["Compute 8", "Compute the Jacobians", "Fit a lens"]),
 }  # fmt: skip
 
 
