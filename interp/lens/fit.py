@@ -28,6 +28,7 @@ from interp.hooks.errors import (
     SizeError,
     UnknownFamilyError,
 )
+from interp.hooks.examples import each_example
 from interp.hooks.inputs import Batch
 from interp.hooks.model import Model
 from interp.jacobians.chain import find_steps
@@ -177,6 +178,9 @@ def fingerprint(model: Model, options: FitOptions) -> dict[str, Any]:
     return same | how | {"layers": list(options.layers), "estimator": ESTIMATOR, "d_model": _width(model)}
 
 
+# Keywords of a forward call that say no more than the tokens do, padding left out.
+_OF_TOKENS = {"input_ids", "attention_mask", "use_cache"}
+
 ESTIMATOR = "summed over targets, averaged over sources"
 
 
@@ -199,6 +203,9 @@ def read_prompts(model: Model, texts: Iterable[Any], options: FitOptions) -> tup
         if batch.size != 1 or batch.ids is None:
             raise InputError(f"{batch.size} prompts in one entry", "one text, or one row of token ids, in each")
         guards.refuse_cache(batch.kwargs)
+        (batch,) = each_example(model, batch)
+        if own := sorted(batch.kwargs.keys() - _OF_TOKENS):
+            raise InputError(f"{own[0]} beside a prompt", "tokens, and a mask of padding", f"leave {own[0]} out")
         # The last token predicts nothing that is known, and no position before it depends on it.
         ids = batch.ids[:, : options.max_tokens][:, :-1]
         if ids.shape[1] <= options.skip:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from interp.hooks.activations import Activations
 from interp.hooks.errors import ArgumentError, SiteUnavailableError
+from interp.hooks.examples import each_example
 from interp.hooks.inputs import Batch
 from interp.hooks.layouts import child
 from interp.hooks.model import Model
@@ -122,7 +123,7 @@ def logit_lens(
 
 
 def check_readout(model: Model, prompt: Any, follow: Sequence[str | int], k: int) -> tuple[Batch, list[int]]:
-    """Return the prompt as a batch and the followed tokens' ids.
+    """Return the prompt as a batch without padding, and the followed tokens' ids.
 
     Raises:
         SiteUnavailableError: If the model has no final norm and unembedding.
@@ -139,7 +140,7 @@ def check_readout(model: Model, prompt: Any, follow: Sequence[str | int], k: int
         raise ArgumentError(f"follow={follow!r}", "a list of tokens")
     if batch.size != 1 or not 1 <= k <= (model.reader.vocab or k):
         raise ArgumentError(f"{batch.size} prompts and k={k}", f"one prompt and k in 1..{model.reader.vocab}")
-    return batch, [token_id(model, t) for t in follow]
+    return each_example(model, batch)[0], [token_id(model, t) for t in follow]
 
 
 def stream_names(model: Model) -> dict[str, str]:

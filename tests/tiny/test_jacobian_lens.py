@@ -444,3 +444,25 @@ def test_a_fit_leaves_the_model_as_it_was(model):
     assert [p.requires_grad for p in model.module.parameters()] == flags
     assert all(p.grad is None for p in model.module.parameters())
     assert not any(m._forward_hooks for m in model.module.modules())
+
+
+@pytest.mark.parametrize("shift", [0, -4], ids=["left", "right"])
+def test_padding_of_a_prompt_is_no_part_of_it(model, lens, shift):
+    padded = torch.tensor([[0] * 4 + ROWS[0]]).roll(shift, 1)
+    mask = (torch.arange(padded.shape[1]) >= 4).long()[None].roll(shift, 1)
+    entry = {"input_ids": padded, "attention_mask": mask}
+    wanted = interp.JacobianLens.fit(model, ROWS[:1], **FEW)
+    found = interp.JacobianLens.fit(model, [entry], **FEW)
+    assert found.tokens == wanted.tokens
+    for layer, matrix in wanted.matrices.items():
+        torch.testing.assert_close(found.matrices[layer], matrix)
+    for read in (lambda prompt: lens.readout(model, prompt, [5]), lambda prompt: interp.logit_lens(model, prompt, [5])):
+        plain, made = read(torch.tensor(ROWS[:1])), read(entry)
+        assert made.tokens == plain.tokens
+        torch.testing.assert_close(made.probabilities, plain.probabilities)
+
+
+def test_positions_beside_a_prompt_are_refused(model):
+    entry = {"input_ids": torch.tensor(ROWS[:1]), "position_ids": torch.arange(3, 11)[None]}
+    with pytest.raises(InputError, match="leave position_ids out"):
+        interp.JacobianLens.fit(model, [entry], **FEW)
