@@ -44,7 +44,7 @@ def check_chain(
     if not engine.steps:
         return 0.0, ""
     graph = GraphEngine(model, batch, ends, engine.held, 1)
-    place = _widest(places, engine.local)
+    place = _spanned(places, engine.span)
     error = _error(engine, graph, place)
     blocks = sum(len(step.kinds) for step in engine.steps)
     if error <= tolerance(model, engine.precision, blocks):
@@ -53,20 +53,18 @@ def check_chain(
     return (worst, name) if worst > tolerance(model, engine.precision, 1) else (error, "the whole chain")
 
 
-def _widest(places: list[Place], local: bool) -> Place:
-    """One place to check: all positions at once where they do not mix, else that with the most positions between."""
-    if local and all(p.sources is not None and p.sources == p.targets for p in places):
-        every = tuple(sorted({t for p in places for t in p.sources or ()}))
-        return Place(places[0].example, every, every, (False, False))
-    reach = lambda p: max(p.targets or (0,)) - min(p.sources or (0,))
-    return max(places, key=lambda p: (reach(p), max(p.targets or (0,))))
+def _spanned(places: list[Place], span: slice) -> Place:
+    """All that places depend on, at once: what a hook of the user's own changes at one position alone is seen."""
+    every = tuple(range(span.start, span.stop))
+    return Place(places[0].example, every, every, (False, False))
 
 
 def _error(engine: ChainEngine, graph: GraphEngine, place: Place) -> float:
     generator = torch.Generator().manual_seed(0)
     shape = (_PRODUCTS, *engine.full_shape(place, 1))
     w = torch.randn(shape, generator=generator, dtype=torch.float64).to(engine.like)
-    made, wanted = engine.pull(place, w), graph.pull(place, w.to(graph.like)).to(engine.like)
+    made = torch.cat([engine.pull(place, some) for some in w.split(engine.chunk)])
+    wanted = graph.pull(place, w.to(graph.like)).to(engine.like)
     # The push against the pull: <w, J v> = <Jᵀ w, v>, over the size that such a product has.
     v = torch.randn(made[:1].shape, generator=generator, dtype=torch.float64).to(engine.like)
     adjoint = (w * engine.push(place, v)).flatten(1).sum(1) - (made * v).flatten(1).sum(1)
@@ -81,8 +79,6 @@ def _relative(made: Tensor, wanted: Tensor) -> float:
 def _culprit(model: Model, batch: Batch, engine: ChainEngine, place: Place) -> tuple[float, str]:
     """The branch of which the closed form is furthest from autograd, and how far."""
     worst = (0.0, "")
-    last = max(place.targets or (0,))
-    here = Place(place.example, (last,), (last,), (True, True))
     known = model.bindings.by_address  # type: ignore[union-attr]
     for step in engine.steps:
         for kind in step.kinds:
@@ -91,9 +87,8 @@ def _culprit(model: Model, batch: Batch, engine: ChainEngine, place: Place) -> t
                 continue
             one = Step((kind,), step.layer, skip=False, before=not model.layout.post_ln)  # type: ignore[union-attr]
             ends = tuple(End(model.resolve(name)[0][0], known[name]) for name in names)
-            at = place if kind == "attention" else here
-            alone = ChainEngine(model, batch, [one], [at], engine.held, engine.chunk, engine.like.dtype)
-            error = _error(alone, GraphEngine(model, batch, (ends[0], ends[1]), engine.held, 1), at)
+            alone = ChainEngine(model, batch, [one], [place], engine.held, engine.chunk, engine.like.dtype)
+            error = _error(alone, GraphEngine(model, batch, (ends[0], ends[1]), engine.held, 1), place)
             worst = max(worst, (error, f"blocks.{step.layer}.{kind}"))
     return worst
 

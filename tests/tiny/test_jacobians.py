@@ -410,6 +410,19 @@ def test_a_wrong_closed_form_is_noticed_named_and_replaced(monkeypatch):
     assert torch.equal(found.dense(), wanted)
 
 
+@pytest.mark.parametrize("positions", ["same", [2, 3, 5], [(1, 2), (3, 5)]], ids=str)
+def test_what_a_hook_changes_at_one_position_alone_is_noticed(positions):
+    module, ids = build("llama"), inputs_for("llama")[:1]
+    module.model.layers[1].mlp.register_forward_hook(
+        lambda m, a, out: out * (1 + 2 * (torch.arange(out.shape[1]) == 3))[:, None]
+    )
+    wanted = oracle(module, "model.layers", ids, 0, 1)
+    with pytest.warns(interp.FallbackWarning, match=r"blocks\.1\.mlp is off by"):
+        found = interp.jacobian(interp.attach(module, check=False), ids, *ENDS, positions)
+    at = [(p.sources[0], p.targets[0]) for p in found.places]
+    assert relative(found.dense(), torch.stack([wanted[t, :, s] for s, t in at])) < 1e-5
+
+
 def test_experts_and_their_router():
     """Against autograd, with weights that sum to one and with plain shares; the router's part is not small."""
     module, ids = build("mixtral"), inputs_for("mixtral")[:1]
