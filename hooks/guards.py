@@ -6,7 +6,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from interp.hooks.errors import CompiledModelError, InputError, MetaWeightsError, NonFiniteError, TrainModeError
+from interp.hooks.errors import (
+    CompiledModelError,
+    InputError,
+    MetaWeightsError,
+    ModelStateError,
+    NonFiniteError,
+    TrainModeError,
+)
 
 _QUOTE = 3
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past", "cache_params")
@@ -90,6 +97,18 @@ def refuse_training(module: nn.Module) -> None:
             f"training mode is live in {', '.join(live[:_QUOTE])}{more}",
             "evaluation mode",
             "call model.eval()",
+        )
+
+
+def refuse_inference_mode() -> None:
+    """Refuse a block in which no graph can be recorded, whatever else is asked for.
+
+    Raises:
+        ModelStateError: If `torch.inference_mode` is on.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ModelStateError(
+            "torch.inference_mode() is on", "a graph, for derivatives", "leave it out, or use torch.no_grad()"
         )
 
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.hooks import guards
 from interp.hooks.errors import ArgumentError, PositionError, SiteUnavailableError, TokenError
 from interp.hooks.inputs import Batch
 from interp.hooks.interventions import Set
@@ -222,6 +223,7 @@ def _check(model: Model, template: str, examples: Sequence[Pair], layer: int, be
         raise SiteUnavailableError(
             f"a linear relation in {type(model.module).__name__} ({model.family})", "a decoder with a residual stream"
         )
+    guards.refuse_inference_mode()
     if not isinstance(template, str) or template.count("{}") != 1:
         raise ArgumentError(f"template={template!r}", "a prompt with one {} for the subject")
     if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < model.n_layers - 1:

@@ -41,10 +41,11 @@ class Recording:
     Raises:
         NoPathError: If the target does not depend on a source.
         NonFiniteError: If the target holds NaN or infinity.
-        ModelStateError: If the network switches gradients off, or checkpoints activations.
+        ModelStateError: If the network switches gradients off, or checkpoints activations, or inference mode is on.
     """
 
     def __init__(self, model: Model, batch: Batch, sources: Sequence[End], target: End, held: Linearization = EXACT):
+        guards.refuse_inference_mode()
         guards.refuse_compiled(model.module)
         if not held.keeps_training:
             guards.refuse_training(model.module)

@@ -100,6 +100,7 @@ def jacobian(
         InputError: If keys and values of earlier tokens are given.
         SizeError: If the budget does not hold one row, or the result.
         TrainModeError: If dropout or batch statistics are live.
+        ModelStateError: If activations are checkpointed, or `torch.inference_mode` is on.
         LinearizationError: If a call has no rule under the linearisation.
         StoreError: If the path holds something else, or what another model, input or choice made.
 
@@ -168,6 +169,7 @@ def _check_inputs(examples: list[Batch]) -> None:
         if isinstance(value, Tensor) and value.is_complex():
             raise InputError(f"an input of dtype {value.dtype}", "a float tensor", "take real and imaginary part apart")
     guards.refuse_cache(examples[0].kwargs)
+    guards.refuse_inference_mode()
 
 
 def _keep(ends: tuple[End, End], shapes, rows: Any, columns: Any) -> tuple[End, End]:

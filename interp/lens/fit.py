@@ -84,6 +84,7 @@ class FitOptions:
                 "a decoder whose branches are added to one residual stream, with two blocks or more",
             )
         guards.refuse_training(model.module)
+        guards.refuse_inference_mode()
         last = model.n_layers - 1
         found = tuple(range(last)) if layers is None else tuple(layers)
         if not found or len(set(found)) < len(found) or not all(_whole(i) and 0 <= i < last for i in found):

@@ -372,3 +372,23 @@ def test_sweeps_refused(llama, case):
     given = {"inputs": ONE, "sources": "blocks.*.hook_resid_pre", "target": "logits@-1"} | options
     with pytest.raises(error, match=text):
         interp.row_sweep(llama, **given)
+
+
+def test_inference_mode_is_refused_and_no_grad_is_not(llama):
+    asked = (
+        lambda: interp.jacobian(llama, ONE, MID, OUT, [3]),
+        lambda: interp.jacobian(llama, ONE, MID, OUT, [3], method="autograd"),
+        lambda: interp.row_sweep(llama, ONE, "blocks.*.hook_resid_pre", "logits@-1", rows=[1]),
+        lambda: interp.JacobianLens.fit(llama, ONE, skip=2),
+        lambda: interp.LinearRelation.fit(llama, "the {} is", [("cat", "red")], 1),
+    )
+    with torch.inference_mode():
+        for ask in asked:
+            with pytest.raises(ModelStateError, match=r"inference_mode.*torch\.no_grad"):
+                ask()
+    for method in ("auto", "autograd"):
+        found = interp.jacobian(llama, ONE, MID, OUT, [3], method=method)
+        with torch.no_grad():
+            wanted = interp.jacobian(llama, ONE, MID, OUT, [3], method=method).dense()
+        with torch.inference_mode():
+            torch.testing.assert_close(found.dense(), wanted)
