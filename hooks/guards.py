@@ -128,6 +128,26 @@ def refuse_cache(keywords: Mapping[str, Any]) -> None:
             )
 
 
+class WeightsHeld:
+    """Notices weights that were written since a derivative was prepared: activations and weights would not fit."""
+
+    def __init__(self, module: nn.Module):
+        self._seen = [(name, p, p._version) for name, p in module.named_parameters() if not p.is_inference()]
+
+    def check(self) -> None:
+        """Refuse weights that were written.
+
+        Raises:
+            ModelStateError: Naming the first.
+        """
+        for name, parameter, version in self._seen:
+            if parameter._version != version:
+                raise ModelStateError(
+                    f"{name}, written since these derivatives were prepared", "the weights of that time",
+                    "prepare them again, or compute what is wanted before the weights change",
+                )  # fmt: skip
+
+
 def devices_named(module: nn.Module) -> str:
     """Return the devices that parameters are on, each with the first of them; '' where there are not several."""
     first: dict[str, str] = {}

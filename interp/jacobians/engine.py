@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.hooks.guards import WeightsHeld
 from interp.jacobians.kernels.device import float32_products
 from interp.jacobians.places import Place
 
@@ -24,6 +25,7 @@ class Engine(ABC):
         chunk: How many probes run at once.
         like: A tensor of the dtype and device that results have.
         tf32: Whether float32 products on a GPU may round their factors to tf32.
+        prepared: The weights that it was prepared with.
     """
 
     method: str
@@ -31,6 +33,7 @@ class Engine(ABC):
     chunk: int
     like: Tensor
     tf32: bool = False
+    prepared: WeightsHeld | None = None
 
     @property
     def precision(self) -> str:
@@ -40,8 +43,18 @@ class Engine(ABC):
     @contextmanager
     def products(self) -> Iterator[None]:
         """No gradients, and float32 products as precise as was asked for, whatever the process-wide flag says."""
+        self.refuse_new_weights()
         with float32_products(self.like, self.tf32), torch.no_grad():
             yield
+
+    def refuse_new_weights(self) -> None:
+        """Refuse weights that were written since the engine was prepared.
+
+        Raises:
+            ModelStateError: Naming the first.
+        """
+        if self.prepared is not None:
+            self.prepared.check()
 
     @abstractmethod
     def push(self, place: Place, v: Float[Tensor, "k ..."]) -> Float[Tensor, "k ..."]:

@@ -58,6 +58,7 @@ class Gates:
             return None
         if not all(p.single == (True, True) and p.sources == p.targets for p in jacobians.places):
             return None
+        engines[0].refuse_new_weights()
         branches = [b for e in engines for b in e.stages[0][1]]  # type: ignore[union-attr]
         plain = all(isinstance(b, GateBranch) and b.behind.norm is None for b in branches)
         if not plain or len(branches) != len(engines):

@@ -183,6 +183,7 @@ class _Maker:
     def __init__(
         self, model: Model, held: Linearization, budget: int, precision, method: Method, check: bool, allow_zero: bool
     ):
+        self.weights = guards.WeightsHeld(model.module)
         self.allow_zero, self.devices = allow_zero, guards.devices_named(model.module)
         self.model, self.held, self.budget, self.method, self.check = model, held, budget, method, check
         self.precision, self.tf32 = precision, precision == "tf32"
@@ -214,6 +215,8 @@ class _Maker:
                 notes.append(why)
                 steps = None
             engines[index] = self._autograd(batch, ends, notes)
+        for engine in engines.values():
+            engine.prepared = self.weights
         if self.precision is not None and not all(isinstance(e, (ChainEngine, ZeroEngine)) for e in engines.values()):
             notes.append(f"precision={self.precision!r} is of closed forms: autograd runs in the model's dtype")
         return engines, notes, max(errors, default=None)

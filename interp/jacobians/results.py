@@ -197,6 +197,7 @@ class Jacobians(Rows):
             shapes = [math.prod(s) for s in self.shapes_of(places[0])]
             out = engine.like.new_empty(len(places), shapes[1], shapes[0])
         if isinstance(engine, GraphEngine) and engine.local and all(p.single == (True, True) for p in places):
+            engine.refuse_new_weights()
             found = engine.rows_of_all(rows)[[engine.start + (p.sources or (0,))[0] for p in places]]
             return out.copy_(found if columns is None else found[..., columns.to(found.device)])
         with engine.products():

@@ -392,3 +392,19 @@ def test_inference_mode_is_refused_and_no_grad_is_not(llama):
             wanted = interp.jacobian(llama, ONE, MID, OUT, [3], method=method).dense()
         with torch.inference_mode():
             torch.testing.assert_close(found.dense(), wanted)
+
+
+@pytest.mark.parametrize("method", ["closed", "autograd"])
+def test_weights_that_were_written_since(method):
+    module = build("llama")
+    model = interp.attach(module)
+    found = interp.jacobian(model, ONE, MID, OUT, "same", method=method)
+    with torch.no_grad():
+        module.model.layers[1].mlp.up_proj.weight.mul_(1.1)
+    asked = (
+        found.dense, lambda: found[2].dense(), lambda: found.matvec(torch.ones(32)), lambda: found.reduce("mean"),
+        lambda: found.svd(2), lambda: list(found),
+    )  # fmt: skip
+    for ask in asked:
+        with pytest.raises(ModelStateError, match=r"layers\.1\.mlp\.up_proj\.weight, written since"):
+            ask()
