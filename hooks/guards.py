@@ -100,6 +100,20 @@ def refuse_training(module: nn.Module) -> None:
         )
 
 
+def refuse_checkpointing(module: nn.Module) -> None:
+    """Refuse blocks that Hugging Face models would run again in the backward pass, where hooks are gone.
+
+    Raises:
+        ModelStateError: Naming the first.
+    """
+    for name, sub in module.named_modules():
+        if sub.training and getattr(sub, "gradient_checkpointing", False) is True:
+            raise ModelStateError(
+                f"{name or 'the model'} checkpoints activations", "a forward that keeps them",
+                "call model.eval(), or turn checkpointing off",
+            )  # fmt: skip
+
+
 def refuse_inference_mode() -> None:
     """Refuse a block in which no graph can be recorded, whatever else is asked for.
 

@@ -1,16 +1,19 @@
 """Graph: Jacobians by autograd through the network's own code, between probes and one site."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
 from interp.hooks import guards
-from interp.hooks.errors import ModelStateError, NonFiniteError, NoPathError
+from interp.hooks.calls import DROPOUTS
+from interp.hooks.errors import ModelStateError, NonFiniteError, NoPathError, TrainModeError
 from interp.hooks.frozen import untouched
 from interp.hooks.frozen_gradients import probed_network
 from interp.hooks.inputs import Batch
@@ -24,6 +27,21 @@ from interp.jacobians.places import End, Place
 EXACT = Linearization.of("exact")
 # What torch says where a reentrant checkpoint is asked for gradients at chosen tensors.
 _REENTRANT = "use_reentrant"
+
+
+class _NoDropout(TorchFunctionMode):
+    """Refuses dropout that a call switches on: no module says so beforehand."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "").strip("_")
+        if name in DROPOUTS:
+            given = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
+            live = given.get("train", given.get("training", "alpha" not in name)) and given.get("p", 0.5) > 0
+        else:
+            live = name == "scaled_dot_product_attention" and (args[4] if len(args) > 4 else kwargs.get("dropout_p"))
+        if live:
+            raise TrainModeError(f"{name} is live in the model's forward", "evaluation mode", "call model.eval()")
+        return func(*args, **kwargs)
 
 
 class Recording:
@@ -41,12 +59,14 @@ class Recording:
     Raises:
         NoPathError: If the target does not depend on a source.
         NonFiniteError: If the target holds NaN or infinity.
+        TrainModeError: If dropout or batch statistics are live.
         ModelStateError: If the network switches gradients off, or checkpoints activations, or inference mode is on.
     """
 
     def __init__(self, model: Model, batch: Batch, sources: Sequence[End], target: End, held: Linearization = EXACT):
         guards.refuse_inference_mode()
         guards.refuse_compiled(model.module)
+        guards.refuse_checkpointing(model.module)
         if not held.keeps_training:
             guards.refuse_training(model.module)
         run = _run if held == EXACT else _run_frozen
@@ -117,7 +137,7 @@ def _run(model: Model, batch: Batch, sources, target: End, held: Linearization) 
         model.module, [end, *free], edits, stop=not free and not end.binding.where.startswith("raw"), keep_graph=True,
         size=batch.size, extent=batch.extent,
     )  # fmt: skip
-    with untouched(model.module), session:
+    with untouched(model.module), _NoDropout(), session:
         model.module(*batch.args, **batch.kwargs)
     return session.values[end.site], [probe.leaf for probe in probes]
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.hooks import guards
 from interp.hooks.block_weights import projection_to
 from interp.hooks.errors import SiteUnavailableError
 from interp.hooks.interventions import Intervention
@@ -88,9 +89,11 @@ def find_turns(model: Model, ref: Reference, layers: list[int], span: slice) -> 
 
     Raises:
         SiteUnavailableError: If queries or keys cannot be seen apart.
+        ModelStateError: If activations are checkpointed.
     """
     if not layers:
         return {}
+    guards.refuse_checkpointing(model.module)
     known = model.bindings.by_address if model.bindings else {}
     names = [f"blocks.{i}.attn.hook_{part}" for i in layers for part in ("q", "k")]
     missing = [name for name in names if name not in known]

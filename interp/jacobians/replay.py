@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from interp.hooks import guards
 from interp.hooks.budget import Chunked
-from interp.hooks.errors import NonFiniteError
+from interp.hooks.errors import CompletenessError, NonFiniteError
 from interp.hooks.frozen_gradients import probed_network
 from interp.hooks.inputs import Batch
 from interp.hooks.linearization import Linearization
@@ -18,6 +18,9 @@ from interp.hooks.model import Model
 from interp.jacobians.engine import Engine
 from interp.jacobians.graph import refuse_independent
 from interp.jacobians.places import End, Place
+
+# How far columns and rows may differ by rounding.
+_ADJOINT = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
 class ReplayEngine(Engine):
@@ -35,7 +38,7 @@ class ReplayEngine(Engine):
         flops: Of one probe.
 
     Raises:
-        LinearizationError: If a call has no rule.
+        LinearizationError: If a call has no rule, or columns and rows differ.
         NoPathError: If the target does not depend on the source.
         ModelStateError: If the network checkpoints activations.
         NonFiniteError: If the target holds NaN or infinity.
@@ -53,7 +56,7 @@ class ReplayEngine(Engine):
         self.shapes = tuple(leaf.shape[1:]), tuple(output.shape[1:])
         self.like = output.detach().new_empty(0)
         self.method, self.chunk = "replay of recorded slopes", 1
-        self.push(Place(0, None, None, (False, False)), leaf.new_zeros(leaf.shape))  # measures what a probe takes
+        self._check_adjoint(leaf, output)  # measures what a probe takes as well
         self.bytes_each = max(network.push_bytes or 1, network.pull_bytes or 1)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model.forward(batch)
@@ -64,6 +67,23 @@ class ReplayEngine(Engine):
     def push(self, place: Place, v: Tensor) -> Tensor:
         """Columns: the network's own code without constants."""
         return self._push(v) if hasattr(self, "_push") else self.network.push_from(v)
+
+    def _check_adjoint(self, leaf: Tensor, output: Tensor) -> None:
+        """Compare <w, J v> with <Jᵀ w, v>: where a network hides calls, columns would lack what rows have."""
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda like: torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+        v, w = draw(leaf), draw(output)
+        with torch.enable_grad():
+            pulled = self.network.pull_to(w)
+        pushed = self.network.push_from(v).detach()
+        # Rounding is relative to the larger of the two products' terms, which may cancel.
+        size = max(float(pushed.norm() * w.norm()), float(pulled.norm() * v.norm()))
+        gap = abs(float((w * pushed).sum() - (pulled * v).sum()))
+        if not gap <= _ADJOINT[leaf.dtype] * size:
+            raise CompletenessError(
+                f"columns and rows of one Jacobian that differ by {gap / size:.1e}", "one linear map",
+                "the network hides calls, as torch.vmap does: method='autograd' does not replay them",
+            )  # fmt: skip
 
     def pull(self, place: Place, w: Tensor) -> Tensor:
         """Rows: backwards through the recording."""

@@ -408,3 +408,59 @@ def test_weights_that_were_written_since(method):
     for ask in asked:
         with pytest.raises(ModelStateError, match=r"layers\.1\.mlp\.up_proj\.weight, written since"):
             ask()
+
+
+def test_checkpoints_of_transformers_are_named():
+    module = build("llama").train()
+    module.gradient_checkpointing_enable()
+    for layer in module.model.layers:
+        layer.self_attn.attention_dropout = 0.0
+    for method in ("auto", "closed", "autograd"):
+        with pytest.raises(ModelStateError, match=r"model\.layers\.0 checkpoints|model checkpoints"):
+            interp.jacobian(interp.attach(module), ONE, "blocks.0.hook_resid_pre", OUT, method=method)
+    module.eval()
+    assert interp.jacobian(interp.attach(module), ONE, MID, OUT, [3]).dense().shape == (1, 32, 32)
+
+
+class Odd(torch.nn.Module):
+    """A call between two linear maps."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.first, self.call, self.last = torch.nn.Linear(3, 4), call, torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(self.call(self.first(x)))
+
+
+DROPPED = {
+    "dropout": lambda z: torch.nn.functional.dropout(z, 0.5),
+    "torch.dropout": lambda z: torch.dropout(z, 0.5, True),
+    "alpha_dropout": lambda z: torch.nn.functional.alpha_dropout(z, 0.5, True),
+    "attention": lambda z: torch.nn.functional.scaled_dot_product_attention(*[z[:, :, None]] * 3, dropout_p=0.5)[
+        ..., 0
+    ],
+}
+
+
+@pytest.mark.parametrize("case", DROPPED)
+def test_dropout_that_a_call_switches_on(case):
+    model = interp.attach(Odd(DROPPED[case]))
+    for method in ("auto", "autograd"):
+        with pytest.raises(TrainModeError, match="live"):
+            interp.jacobian(model, torch.ones(1, 3), "first", "last", method=method)
+    calm = interp.attach(Odd(lambda z: torch.nn.functional.dropout(z, 0.5, training=False)))
+    found = interp.jacobian(calm, torch.ones(1, 3), "first", "last", method="autograd").dense()[0]
+    torch.testing.assert_close(found, calm.module.last.weight.detach())
+
+
+def test_calls_that_a_network_hides_are_not_replayed():
+    call = torch.vmap(lambda row: row * row.sum())
+    model, x = interp.attach(Odd(call).double()), torch.tensor([[0.3, -0.7, 1.1]], dtype=torch.float64)
+    z = model.module.first(x).detach()
+    wanted = torch.autograd.functional.jacobian(lambda z: model.module.last(call(z)), z)[0, :, 0]
+    found = interp.jacobian(model, x, "first", "last")
+    assert "columns and rows" in found.plan.notes[0]
+    v = torch.ones(4, dtype=torch.float64)
+    torch.testing.assert_close(found.dense()[0], wanted)
+    torch.testing.assert_close(found[0].matvec(v), wanted @ v)
