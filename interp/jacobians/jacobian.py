@@ -282,12 +282,12 @@ class _Maker:
         return engine
 
     def _cut(self, batch: Batch, places: list[Place]) -> Batch:
-        """A causal model's example up to the last target: what follows does not matter."""
+        """A causal model's example up to the last position that is asked for: what follows does not matter."""
         causal = self.model.layout is not None and self.model.layout.modality == "tokens"
         plain = batch.ids is not None and set(batch.kwargs) <= {"input_ids", "use_cache"} and len(batch.args) <= 1
         if not causal or not plain or any(p.targets is None for p in places):
             return batch
-        stop = 1 + max(max(p.targets or (0,)) for p in places)
+        stop = 1 + max(max((*(p.sources or ()), *(p.targets or ()))) for p in places)
         assert batch.ids is not None
         return batch if stop >= batch.ids.shape[1] else self.model.batch(batch.ids[:, :stop])
 

@@ -410,6 +410,15 @@ def test_a_wrong_closed_form_is_noticed_named_and_replaced(monkeypatch):
     assert torch.equal(found.dense(), wanted)
 
 
+@pytest.mark.parametrize("method", ["auto", "autograd"])
+def test_all_sources_of_one_target_in_the_middle(hand, method):
+    """Those behind the target are zero."""
+    whole = interp.jacobian(hand, IDS[:1], *ENDS).dense()[0].reshape(7, 32, 7, 32)
+    found = interp.jacobian(hand, IDS[:1], ENDS[0], f"{ENDS[1]}@4", method=method)
+    assert relative(found.dense()[0].reshape(32, 7, 32), whole[4]) < 1e-12
+    assert not whole[4][:, 5:].any()
+
+
 @pytest.mark.parametrize("positions", ["same", [2, 3, 5], [(1, 2), (3, 5)]], ids=str)
 def test_what_a_hook_changes_at_one_position_alone_is_noticed(positions):
     module, ids = build("llama"), inputs_for("llama")[:1]
