@@ -1,5 +1,6 @@
 """Weights and activation functions of a block, addressed by the sites that they connect."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -133,13 +134,22 @@ _KNOWN: tuple[Callable[[Tensor], Tensor], ...] = (
 )  # fmt: skip
 
 
+def _takes_one(function: Callable) -> bool:
+    """Whether one argument is enough: what computes a parametrised weight takes several."""
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    return True
+
+
 def _functions(block: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """Modules without parameters, buffers and children, and plain functions, that a block's modules hold."""
     for module in block.modules():
         leaf = not any(
             next(own, None) is not None for own in (module.children(), module.parameters(), module.buffers())
         )
-        if leaf and not isinstance(module, (nn.Dropout, nn.Identity)):
+        if leaf and not isinstance(module, (nn.Dropout, nn.Identity)) and _takes_one(module.forward):
             yield module
         for name, value in vars(module).items():
             if callable(value) and not isinstance(value, nn.Module) and not name.startswith("_") and "act" in name:

@@ -410,6 +410,16 @@ def test_a_wrong_closed_form_is_noticed_named_and_replaced(monkeypatch):
     assert torch.equal(found.dense(), wanted)
 
 
+def test_weights_that_modules_compute():
+    module, ids = build("llama"), inputs_for("llama")[:1]
+    wanted = interp.jacobian(interp.attach(module), ids, *ENDS, [5]).dense()
+    torch.nn.utils.parametrizations.weight_norm(module.model.layers[1].mlp.up_proj)
+    torch.nn.utils.parametrizations.weight_norm(module.model.layers[0].self_attn.o_proj)
+    for method in ("closed", "autograd"):
+        found = interp.jacobian(interp.attach(module), ids, *ENDS, [5], method=method)
+        assert relative(found.dense(), wanted) < 1e-5
+
+
 @pytest.mark.parametrize("method", ["auto", "autograd"])
 def test_all_sources_of_one_target_in_the_middle(hand, method):
     """Those behind the target are zero."""
