@@ -5,10 +5,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from interp.runs.drawn import Drawn, save_drawn
 from interp.hooks.model import Model
 from interp.hooks.table import Table
-from interp.runs.language_specs import ObservableSpec, language_model
 from interp.patching.activation import patch_grid
 from interp.patching.attribution import attribution_patching
 from interp.patching.cells import read_axes
@@ -17,6 +15,8 @@ from interp.patching.grid import PatchGrid
 from interp.patching.prompts import Pairs
 from interp.plots import chart
 from interp.plots.style import legible, signed
+from interp.runs.drawn import Drawn, save_drawn
+from interp.runs.language_specs import ObservableSpec, language_model
 from interp.runs.run import Progress, Run
 from interp.runs.specs import Fields, Spec, Work
 

@@ -2,17 +2,17 @@
 
 from typing import Any
 
-from interp.attribution.direct import Attribution, direct_attribution
 from interp.attribution.data import attribute_dataset
+from interp.attribution.direct import Attribution, direct_attribution
 from interp.attribution.head_norms import head_norms
-from interp.runs.drawn import Drawn, save_drawn
 from interp.hooks.model import Model
 from interp.hooks.table import Table
 from interp.observables.observable import Observable
-from interp.propagation.path_search import find_paths
 from interp.plots import chart
 from interp.plots.style import legible, signed
 from interp.propagation.couplings import Couplings, couplings
+from interp.propagation.path_search import find_paths
+from interp.runs.drawn import Drawn, save_drawn
 from interp.runs.propagation_specs import PropagationSpec, VectorSpec, vector
 from interp.runs.run import Progress, Run
 

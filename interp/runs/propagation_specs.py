@@ -7,9 +7,9 @@ from pydantic import Field, model_validator
 
 from interp.attribution.units import Detail
 from interp.hooks.model import Model
-from interp.runs.language_specs import ObservableSpec, TextsSpec, language_model
 from interp.observables.observable import Observable
 from interp.propagation.propagate import propagate
+from interp.runs.language_specs import ObservableSpec, TextsSpec, language_model
 from interp.runs.run import Progress
 from interp.runs.scope_specs import LinearizationSpec
 from interp.runs.specs import Fields, Spec, Work

@@ -2,13 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-from interp.runs.drawn import Drawn
 from interp.hooks.linear_scope import LinearScope
 from interp.hooks.spectra import SVD
 from interp.hooks.token_blocks import TokenBlocks
 from interp.hooks.votes import BiasReport, Votes
 from interp.plots import chart
 from interp.plots.style import legible, signed
+from interp.runs.drawn import Drawn
 
 if TYPE_CHECKING:
     from interp.runs.scope_specs import FigureSpec, SVDSpec
