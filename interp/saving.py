@@ -1,6 +1,7 @@
 """Results on disk: a JSON file with the plain fields, a safetensors file with the tensors. No pickle."""
 
 import dataclasses
+import hashlib
 import importlib
 import json
 import os
@@ -97,11 +98,13 @@ def save_result(result: Any, stem: str | Path) -> None:
         raise RunError(f"a result of type {kind}", f"one of {', '.join(_TYPES)}")
     tensors: dict[str, Tensor] = {}
     plain = {name: _take_out(value, name, tensors) for name, value in _fields(result).items()}
+    record: dict[str, Any] = {"format": FORMAT, "type": kind, "fields": plain}
     if tensors:
         temporary = stem.with_name(f".{stem.name}.{os.getpid()}.tmp")
         save_file(tensors, str(temporary))
+        record["tensors_sha256"] = _digest(temporary)
         os.replace(temporary, stem.with_suffix(".safetensors"))
-    text = json.dumps({"format": FORMAT, "type": kind, "fields": plain}, indent=1, ensure_ascii=False)
+    text = json.dumps(record, indent=1, ensure_ascii=False)
     write_atomically(stem.with_suffix(".json"), text.encode())
 
 
@@ -112,23 +115,31 @@ def load_result(stem: str | Path) -> Any:
         RunError: If the file is missing, corrupt, of a newer format or of an unknown type.
     """
     stem = Path(stem)
+    name, file = stem.with_suffix(".json"), stem.with_suffix(".safetensors")
+    do = "compute the result again"
     try:
-        record = json.loads(stem.with_suffix(".json").read_text())
+        record = json.loads(name.read_text(encoding="utf-8"))
         kind, version = record["type"], record["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{stem.with_suffix('.json')} cannot be read ({error})", "a result file") from error
+        raise RunError(f"{name} cannot be read ({error})", "a result file as it was written", do) from error
     if version > FORMAT or kind not in _TYPES:
-        raise RunError(
-            f"result {stem.name}: type {kind!r}, format {version}", f"format {FORMAT} or older", "update interp"
-        )
-    file = stem.with_suffix(".safetensors")
+        raise RunError(f"{name}: type {kind!r}, format {version}", f"format {FORMAT} or older", "update interp")
+    if (written := record.get("tensors_sha256")) is not None:
+        if not file.is_file():
+            raise RunError(f"{file} is missing", f"the tensors of {name.name}", do)
+        if _digest(file) != written:
+            raise RunError(f"{file} cannot be read (it was changed or cut off)", "the file as it was written", do)
     try:
         tensors = load_file(file) if file.is_file() else {}
-        fields = {name: _put_back(value, tensors) for name, value in record["fields"].items()}
+        fields = {key: _put_back(value, tensors) for key, value in record["fields"].items()}
         return _made(kind, fields)
     except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
-        do = "the file was changed or cut off: compute the result again"
-        raise RunError(f"result {stem.name} cannot be read ({error})", "the file as it was written", do) from error
+        raise RunError(f"{name} cannot be read ({error})", "the file as it was written", do) from error
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fields(result: Any) -> dict[str, Any]:

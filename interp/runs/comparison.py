@@ -1,6 +1,8 @@
 """Two runs side by side: what was asked differently, what differed where they were computed, and in what came out."""
 
 import json
+import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +14,12 @@ from interp.hooks.table import Rows, Table
 from interp.runs.run import Run
 
 _SHOWN = 80
+# What no two runs have in common, and says nothing on why their results differ.
+_EACH_ITS_OWN = ("times", "resumed", "command", "results", "figures")
+# Columns and fields that are errors relative to something else: near zero, where the last digits are all there is.
+_ERRORS = ("error", "of value")
+# Measured, not computed.
+_CLOCKS = ("seconds", "duration")
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,9 @@ class RunComparison(Rows):
         second: Name of the other.
         fields: Rows (what, field, first, second) of specification and provenance, where they differ.
         results: Rows (result, deviation, relative, note), one for each result of either: the largest absolute
-            difference of any number in it, and that over the largest absolute number.
+            difference of any number in it, and the largest relative one. Relative is to the largest number of the same
+            column in a table, to the largest of all numbers else; integers are set against those of their field,
+            and errors, which are relative already, stay as they are.
     """
 
     first: str
@@ -68,11 +78,12 @@ def compare_runs(first: Run, second: Run) -> RunComparison:
         >>> found.fields[0]["field"], found.deviation
         ('k', 0.2)
     """
+    where = [{k: v for k, v in run.provenance.items() if k not in _EACH_ITS_OWN} for run in (first, second)]
     rows = [
         {"what": what, "field": name, "first": _short(a.get(name)), "second": _short(b.get(name))}
         for what, a, b in (
             ("specification", dict(_leaves(first.spec)), dict(_leaves(second.spec))),
-            ("provenance", dict(_leaves(first.provenance)), dict(_leaves(second.provenance))),
+            ("provenance", *(dict(_leaves(one)) for one in where)),
         )
         for name in sorted({*a, *b})
         if a.get(name) != b.get(name)
@@ -86,10 +97,11 @@ def _compared(first: Run, second: Run, name: str) -> dict[str, Any]:
     row: dict[str, Any] = {"result": name, "deviation": None, "relative": None, "note": ""}
     if missing:
         return row | {"note": f"not in {missing[0]}"}
-    a, b = (dict(_leaves(_parts(run.load(name)))) for run in (first, second))
-    shared = [key for key in a if key in b]
+    loaded = [run.load(name) for run in (first, second)]
+    a, b = (dict(_leaves(_parts(one))) for one in loaded)
+    shared = [key for key in a if key in b and not any(clock in key for clock in _CLOCKS)]
     notes = [] if set(a) == set(b) else [f"{len(set(a) ^ set(b))} entries in one alone"]
-    worst, size, words = 0.0, 0.0, 0
+    worst, sizes, words = defaultdict(float), defaultdict(float), 0
     for key in shared:
         left, right = _numbers(a[key]), _numbers(b[key])
         if left is None or right is None:
@@ -97,10 +109,35 @@ def _compared(first: Run, second: Run, name: str) -> dict[str, Any]:
         elif left.shape != right.shape:
             notes.append(f"{key}: shapes {list(left.shape)} and {list(right.shape)}")
         elif left.numel():
-            worst = max(worst, float((left - right).abs().nan_to_num(0.0).max()))
-            size = max(size, *(float(p.abs().nan_to_num(0.0).max()) for p in (left, right)))
+            group = _group(key, a[key], isinstance(loaded[0], Table))
+            worst[group] = max(worst[group], _apart(left, right))
+            sizes[group] = max(sizes[group], *(_largest(p) for p in (left, right)))
     notes += [f"{words} words differ"] if words else []
-    return row | {"deviation": worst, "relative": worst / size if size else 0.0, "note": "; ".join(notes)}
+    relative = [d / (sizes[g] or 1.0) if not g.endswith(_ERRORS) else d for g, d in worst.items()]
+    return row | {
+        "deviation": max(worst.values(), default=0.0),
+        "relative": max(relative, default=0.0),
+        "note": "; ".join(notes),
+    }
+
+
+def _group(key: str, value: Any, table: bool) -> str:
+    """Whose largest number a number is set against: a column's, a field's, or that of all others."""
+    column = re.sub(r"\[\d+\]\.?", "", key)
+    whole = not value.is_floating_point() and not value.is_complex() if isinstance(value, Tensor) else None
+    if whole is None:
+        whole = value.dtype.kind in "iub" if hasattr(value, "dtype") else isinstance(value, int)
+    return column if table or whole or column.endswith(_ERRORS) else ""
+
+
+def _apart(left: Tensor, right: Tensor) -> float:
+    """The largest difference; infinite where one alone is infinite or no number."""
+    same = (left == right) | (left.isnan() & right.isnan())
+    return float((left - right).abs().masked_fill(same, 0.0).nan_to_num(torch.inf).max())
+
+
+def _largest(numbers: Tensor) -> float:
+    return float(numbers.abs().nan_to_num(0.0, posinf=0.0).max())
 
 
 def _parts(result: Any) -> Any:

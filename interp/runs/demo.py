@@ -105,20 +105,18 @@ def _pixels(model: Model, image: str) -> torch.Tensor:
 
 def _prompt(run: Run, model: Model, spec: PromptSpec, name: str, progress: Progress) -> list[dict[str, Any]]:
     progress(f"{name}: next tokens")
-    likely = next_tokens(model, spec.prompt, _TOP)
-    run.save(f"{name}-next-tokens", likely)
+    likely = run.once(f"{name}-next-tokens", lambda: next_tokens(model, spec.prompt, _TOP))
     target, foil = _pair(model, spec, [row["id"] for row in likely])
     progress(f"{name}: logit lens")
-    run.save(f"{name}-lens", logit_lens(model, spec.prompt, [target, foil]))
+    run.once(f"{name}-lens", lambda: logit_lens(model, spec.prompt, [target, foil]))
     progress(f"{name}: attribution to heads and MLPs")
     label = f"{model.tokenizer.decode([target])!r} - {model.tokenizer.decode([foil])!r}"
     observable = Observable.logit_diff(model, target, foil, name=label)
-    attribution = direct_attribution(model, observable, spec.prompt)
-    run.save(f"{name}-attribution", attribution)
+    attribution = run.once(f"{name}-attribution", lambda: direct_attribution(model, observable, spec.prompt))
     progress(f"{name}: token votes")
-    scope = LinearScope(model, spec.prompt, "frozen")
-    votes = scope.votes(target, margin_to=foil)
-    run.save(f"{name}-votes", votes)
+    votes = run.once(
+        f"{name}-votes", lambda: LinearScope(model, spec.prompt, "frozen").votes(target, margin_to=foil)
+    )
     return [
         _row(name, "heads + MLPs + embedding + constant", label, attribution),
         _row(name, "token votes + r", label, votes),
@@ -145,9 +143,8 @@ def _image(run: Run, model: Model, pixels: torch.Tensor, progress: Progress) -> 
     run.save_picture("image", model.preprocess.undo(pixels))
     progress("image: pixel votes")
     first, second = ids.tolist()[:2]
-    votes, margin = scope.votes(first), scope.votes(first, margin_to=second)
-    run.save("image-votes", votes)
-    run.save("image-margin", margin)
+    votes = run.once("image-votes", lambda: scope.votes(first))
+    margin = run.once("image-margin", lambda: scope.votes(first, margin_to=second))
     rows = [
         _row("image", "pixel votes + r", labels[first], votes),
         _row("image", "pixel votes + r", f"{labels[first]} - {labels[second]}", margin),

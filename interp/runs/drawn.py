@@ -1,6 +1,6 @@
 """Figures of runs, each with its words: what is drawn, what one sees, what it does not show."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +18,31 @@ class Drawn:
     wide: bool = False
 
 
-def save_drawn(run: Run, section: str, stem: str, drawn: Sequence[Drawn], heading: str = "") -> None:
-    """Write figures as SECTION-STEM, or with numbers where there are several.
+def save_drawn(
+    run: Run, section: str, stem: str, drawn: Sequence[Drawn] | Callable[[], Sequence[Drawn]], heading: str = ""
+) -> None:
+    """Write figures as SECTION-STEM, or with numbers where there are several; those that are there already stay.
 
     Args:
         run: The run.
         section: What they are about; a report groups by it.
         stem: Of the files' names.
-        drawn: The figures.
+        drawn: The figures, or what draws them: it is not called where all are there.
         heading: Text of the section in a report; by default it is looked up among the specification's inputs.
     """
-    for n, one in enumerate(drawn, start=1):
-        name = f"{section}-{stem}" + (f"-{n}" if len(drawn) > 1 else "")
+    name = f"{section}-{stem}"
+    if _all_there(run, name):
+        return
+    found = drawn() if callable(drawn) else drawn
+    for n, one in enumerate(found, start=1):
         words = {"title": one.title, "sees": one.sees, "silent": one.silent, "wide": one.wide, "heading": heading}
-        run.save_figure(name, one.chart, section=section, **words)
+        numbered = f"{name}-{n}" if len(found) > 1 else name
+        run.save_figure(numbered, one.chart, section=section, count=len(found), **words)
+
+
+def _all_there(run: Run, name: str) -> bool:
+    there = run.figures
+    first = f"{name}-1"
+    if first not in there:
+        return name in there
+    return all(f"{name}-{n}" in there for n in range(1, run.figure(first)["count"] + 1))

@@ -60,7 +60,7 @@ class GridSpec(Fields):
 
     @model_validator(mode="after")
     def _fits_its_method(self) -> "GridSpec":
-        given = self.model_fields_set
+        given = {name for name in self.model_fields_set if getattr(self, name) != type(self).model_fields[name].default}
         if self.method != "attribution" and "steps" in given:
             raise ValueError("steps belong to method attribution")
         if self.method == "patching" and given & {"audit", "seed"}:
@@ -132,8 +132,9 @@ def _compute(
     audits = []
     for number, wanted in enumerate(spec.grids, start=1):
         step(f"grid {number}: {wanted.method}")
-        found, name = wanted.made(model, clean, corrupt, metric, spec.position), f"grid-{number}"
-        run.save(name, found)
+        name = f"grid-{number}"
+        made = functools.partial(wanted.made, model, clean, corrupt, metric, spec.position)
+        found: PatchGrid = run.once(name, made)
         save_drawn(run, name, "cells", _drawn(found, wanted), _heading(wanted))
         if found.audit is not None:
             audits.append({"grid": name, "method": found.method, **found.audit})

@@ -1,5 +1,6 @@
 """A run of observable propagation: results and figures with their words, each written when it is finished."""
 
+import functools
 from typing import Any
 
 from interp.attribution.data import attribute_dataset
@@ -52,10 +53,10 @@ def compute(spec: PropagationSpec, model: Model, observables: list[Observable], 
 def _prompt(
     spec: PropagationSpec, model: Model, observables: list[Observable], name: str, prompt: str, run: Run
 ) -> list[dict[str, Any]]:
-    found = direct_attribution(model, observables, prompt, spec.unit, position=spec.position)
+    names = [f"{name}-attribution-{number}" for number in range(1, len(observables) + 1)]
+    attribute = functools.partial(direct_attribution, model, observables, prompt, spec.unit, position=spec.position)
     rows = []
-    for number, one in enumerate(found, start=1):
-        run.save(f"{name}-attribution-{number}", one)
+    for number, one in enumerate(run.once_each(names, attribute), start=1):
         save_drawn(run, name, f"attribution-{number}", [_parts(one)], prompt)
         if one.sources is not None:
             save_drawn(run, name, f"sources-{number}", [_sources(one)], prompt)
@@ -86,8 +87,7 @@ def _sources(found: Attribution) -> Drawn:
 
 
 def _norms(model: Model, observables: list[Observable], run: Run) -> None:
-    found = head_norms(model, observables)
-    run.save("norms", found)
+    found = run.once("norms", lambda: head_norms(model, observables))
     drawn = [
         Drawn(
             chart(found, observable=i), f"Heads by their weights alone: {legible(name)}",
@@ -103,8 +103,8 @@ def _dataset(spec: PropagationSpec, model: Model, observables: list[Observable],
     wanted = spec.dataset
     assert wanted is not None
     prompts = wanted.prompts.made()
-    found = attribute_dataset(model, observables, prompts, wanted.unit, batch_size=wanted.batch_size)
-    run.save("dataset", found)
+    options: dict[str, Any] = {"unit": wanted.unit, "batch_size": wanted.batch_size}
+    found = run.once("dataset", lambda: attribute_dataset(model, observables, prompts, **options))
     means = [found.attribution(i) for i in range(len(observables))]
     drawn = [
         Drawn(
@@ -121,10 +121,13 @@ def _dataset(spec: PropagationSpec, model: Model, observables: list[Observable],
 def _couplings(spec: PropagationSpec, model: Model, observables: list[Observable], run: Run) -> None:
     wanted = spec.couplings
     assert wanted is not None
-    paths = wanted.paths or [row["component"] for row in head_norms(model, observables[0]).top(wanted.heads)]
     texts = None if wanted.texts is None else wanted.texts.made()
-    found = couplings(model, observables, paths, texts, exclude_positions=wanted.exclude_positions)
-    run.save("couplings", found)
+
+    def compute() -> Couplings:
+        paths = wanted.paths or [row["component"] for row in head_norms(model, observables[0]).top(wanted.heads)]
+        return couplings(model, observables, paths, texts, exclude_positions=wanted.exclude_positions)
+
+    found = run.once("couplings", compute)
     save_drawn(run, "couplings", "figure", _drawn_couplings(found), "Couplings between observables")
 
 
@@ -154,8 +157,7 @@ def _drawn_couplings(found: Couplings) -> list[Drawn]:
 def _vectors(model: Model, observables: list[Observable], wanted: VectorSpec, name: str, run: Run) -> None:
     rows: list[dict[str, Any]] = []
     for number, observable in enumerate(observables, start=1):
-        found = vector(model, observable, wanted)
-        run.save(f"{name}-{number}", found)
+        found = run.once(f"{name}-{number}", functools.partial(vector, model, observable, wanted))
         rows += found.to_records()
         if model.bindings is not None and model.bindings.sizes["d_model"] == len(found.vector):
             run.save(f"{name}-{number}-tokens", found.top_tokens(wanted.top))
@@ -166,10 +168,8 @@ def _search(spec: PropagationSpec, model: Model, observable: Observable, run: Ru
     wanted = spec.search
     assert wanted is not None
     options: dict[str, Any] = {"beam": wanted.beam, "max_length": wanted.max_length, "score": wanted.score}
-    found = find_paths(
-        model, observable, wanted.clean, wanted.corrupt, sign=wanted.sign, position=spec.position, **options
-    )
-    run.save("paths", found)
+    options |= {"sign": wanted.sign, "position": spec.position}
+    found = run.once("paths", lambda: find_paths(model, observable, wanted.clean, wanted.corrupt, **options))
     drawn = Drawn(
         chart(found, top=wanted.top), f"Paths that carry {legible(found.observable)}",
         "How much the measurement drops when only what flows along a path is replaced, exactly and to first order.",

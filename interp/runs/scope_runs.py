@@ -1,17 +1,20 @@
 """A run of LinearScope: results, figures with their words, and checks, each written when it is finished."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
-from interp.attribution.output_parts import output_parts
+from interp.runs.drawn import Drawn, save_drawn
 from interp.hooks.errors import CompletenessError
 from interp.hooks.linear_scope import LinearScope
 from interp.hooks.model import Model
 from interp.hooks.table import Table
+from interp.hooks.token_blocks import TokenBlocks
 from interp.hooks.votes import BiasReport, Votes
-from interp.runs.drawn import save_drawn
+from interp.attribution.output_parts import output_parts
 from interp.runs.run import Progress, Run
 from interp.runs.scope_figures import draw_blocks, draw_figure, draw_svd, draw_targets
-from interp.runs.scope_specs import LinearScopeSpec, TargetSpec, box
+from interp.runs.scope_specs import FigureSpec, LinearScopeSpec, TargetSpec, box
 
 
 def compute(spec: LinearScopeSpec, model: Model, inputs: list[Any], run: Run, step: Progress) -> None:
@@ -38,30 +41,32 @@ def _one(spec: LinearScopeSpec, model: Model, number: int, x: Any, run: Run, ste
     rows = [_checked(scope, run, name, step)]
     figures = spec.figures_of(number, scope.y, tokens)
     if scope.y.ndim in (2, 3):
-        run.save(f"{name}-outputs", output_parts(scope))
+        run.once(f"{name}-outputs", lambda: output_parts(scope))
     found = []
     for n, target in enumerate(_targets(spec, scope, tokens), start=1):
         step(f"{name}: votes {n}")
-        found.append(_votes(spec, scope, target))
-        run.save(f"{name}-votes-{n}", found[-1][0])
-        run.save(f"{name}-bias-{n}", found[-1][1])
+        names = [f"{name}-votes-{n}", f"{name}-bias-{n}"]
+        found.append(tuple(run.once_each(names, functools.partial(_votes, spec, scope, target))))
         rows += _rows(name, *found[-1])
     for n, figure in enumerate(figures, start=1):
         step(f"{name}: figure {figure.figure}")
-        if figure.figure in ("votes", "bias", "bias_maps"):
-            drawn = draw_targets(figure, found, run.picture(name) if not tokens else None)
-        else:
-            drawn = [draw_figure(figure, scope)]
-        save_drawn(run, name, f"{n}-{figure.figure}", drawn)
+        save_drawn(run, name, f"{n}-{figure.figure}", functools.partial(_drawn, figure, scope, found, run, name, tokens))
     _spectrum(spec, scope, run, name, step)
     _blocks(spec, scope, model, x, run, name, step)
     return rows
 
 
+def _drawn(
+    figure: FigureSpec, scope: LinearScope, found: list[Any], run: Run, name: str, tokens: bool
+) -> Sequence[Drawn]:
+    if figure.figure in ("votes", "bias", "bias_maps"):
+        return draw_targets(figure, found, run.picture(name) if not tokens else None)
+    return [draw_figure(figure, scope)]
+
+
 def _checked(scope: LinearScope, run: Run, name: str, step: Progress) -> dict[str, Any]:
     step(f"{name}: checks")
-    checks = scope.check()
-    run.save(f"{name}-checks", checks)
+    checks = run.once(f"{name}-checks", scope.check)
     broken = [row for row in checks if not row["holds"]]
     if broken:
         raise CompletenessError(
@@ -105,9 +110,9 @@ def _spectrum(spec: LinearScopeSpec, scope: LinearScope, run: Run, name: str, st
         return
     step(f"{name}: singular vectors")
     windows = {"window": box(spec.svd.window), "input_window": box(spec.svd.input_window)}
-    found = scope.svd(spec.svd.k, centred=spec.svd.centred, **windows)
-    run.save(f"{name}-svd", found)
-    save_drawn(run, name, "svd", draw_svd(spec.svd, found))
+    wanted = spec.svd
+    found = run.once(f"{name}-svd", lambda: scope.svd(wanted.k, centred=wanted.centred, **windows))
+    save_drawn(run, name, "svd", lambda: draw_svd(wanted, found))
 
 
 def _blocks(
@@ -117,8 +122,13 @@ def _blocks(
     if wanted is None:
         return
     step(f"{name}: token blocks")
-    if wanted.site is not None:
-        scope = LinearScope(model, x, spec.linearization.made(), output=wanted.site)
-    found = scope.token_blocks(wanted.positions, probes=wanted.probes, seed=wanted.seed)
-    run.save(f"{name}-blocks", found)
-    save_drawn(run, name, "blocks", draw_blocks(found, wanted.site or "the logits"))
+
+
+    def compute() -> TokenBlocks:
+        at = scope
+        if wanted.site is not None:
+            at = LinearScope(model, x, spec.linearization.made(), output=wanted.site)
+        return at.token_blocks(wanted.positions, probes=wanted.probes, seed=wanted.seed)
+
+    found = run.once(f"{name}-blocks", compute)
+    save_drawn(run, name, "blocks", lambda: draw_blocks(found, wanted.site or "the logits"))

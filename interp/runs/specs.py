@@ -1,4 +1,4 @@
-"""Specifications: a YAML file that says what a run computes. `KINDS` maps a kind to its specification.
+"""Specifications: a YAML or TOML file that says what a run computes. `KINDS` maps a kind to its specification.
 
 A specification is checked twice before any run folder is made: its fields when it is read, and what they name (models,
 tokens, classes, pixels) when it is prepared.
@@ -7,14 +7,15 @@ tokens, classes, pixels) when it is prepared.
 import difflib
 import importlib
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from interp.hooks.errors import ArgumentError
-from interp.runs.run import Progress, Run
+from interp.hooks.errors import ArgumentError, RunError
+from interp.runs.files import put, read_fields
+from interp.runs.run import Progress, Run, digest
 
 Work = Callable[[Run, Progress], None]
 
@@ -55,6 +56,22 @@ def kind_of(spec: Spec) -> str:
     return next(kind for kind, place in KINDS.items() if place == home)
 
 
+def spec_of(run: Run) -> Spec:
+    """Return the specification of a run, as it was computed.
+
+    Raises:
+        RunError: If the run's kind is not known here, or its specification was changed.
+    """
+    kind, file = run.provenance.get("kind"), run.path / "spec.json"
+    if kind not in KINDS:
+        do = "update interp, or compute it with what made it"
+        raise RunError(f"{run.path}: kind {kind!r}", f"one of {', '.join(KINDS)}", do)
+    if digest(run.spec) != run.provenance.get("spec_sha256"):
+        do = "restore it; for a changed specification, make a new run: interp run SPEC key=value"
+        raise RunError(f"{file} was changed since the run was made", "the specification that was computed", do)
+    return make_spec(kind, run.spec, str(file))
+
+
 def execute(spec: Spec, root: str | Path, progress: Progress = lambda _: None) -> Run:
     """Compute what a specification asks for, and return its finished Run.
 
@@ -74,8 +91,13 @@ def execute(spec: Spec, root: str | Path, progress: Progress = lambda _: None) -
     return run
 
 
-def read_spec(path: str | Path) -> Spec:
-    r"""Return the specification in a YAML file: ``kind``, and the fields of that kind.
+def read_spec(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
+    r"""Return the specification in a YAML or TOML file: ``kind``, and the fields of that kind.
+
+    Args:
+        path: The file; ``.toml`` is read as TOML, everything else as YAML.
+        overrides: Texts ``key=value`` that replace fields: a key with dots for what is inside, ``inputs.0.text``, and a
+            value in YAML.
 
     Raises:
         ArgumentError: If the file cannot be read, or a field is missing, unknown, given twice or has a wrong value.
@@ -84,17 +106,20 @@ def read_spec(path: str | Path) -> Spec:
         >>> import tempfile, pathlib
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "spec.yaml"
         >>> _ = path.write_text("kind: linear_scope\nmodel: smollm2-135m\ninputs: [{text: The cat}]")
-        >>> read_spec(path).model
-        'smollm2-135m'
+        >>> read_spec(path, ["inputs.0.text=The dog"]).inputs[0].text
+        'The dog'
     """
     path = Path(path)
-    given = _read_yaml(path)
-    if not isinstance(given, dict):
-        raise ArgumentError(f"{path} holds {type(given).__name__}", "keys and values", "begin with kind: linear_scope")
+    given = read_fields(path)
+    for override in overrides:
+        put(given, override)
+    where = str(path) + (f" with {' '.join(overrides)}" if overrides else "")
     kind = given.pop("kind", None)
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ArgumentError(f"{path}: kind {kind!r}", f"one of {', '.join(KINDS)}", "begin the file with kind: ...")
-    return make_spec(kind, given, str(path))
+        near = difflib.get_close_matches(str(kind), KINDS, n=1, cutoff=0.5)
+        do = f"did you mean {near[0]}?" if near else "begin the file with kind: ..."
+        raise ArgumentError(f"{where}: kind {kind!r}", f"one of {', '.join(KINDS)}", do)
+    return make_spec(kind, given, where)
 
 
 def make_spec(kind: str, given: dict[str, Any], where: str) -> Spec:
@@ -114,27 +139,6 @@ def make_spec(kind: str, given: dict[str, Any], where: str) -> Spec:
         return cls.model_validate(given)
     except ValidationError as error:
         raise _refusal(cls, error, where) from error
-
-
-def _read_yaml(path: Path) -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Safe, and refuses a key that stands twice."""
-
-    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
-        keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := next((k for i, k in enumerate(keys) if k in keys[:i]), None):
-            raise ArgumentError(f"{path}: key {twice!r} stands twice, line {node.start_mark.line + 1}", "each key once")
-        return {k: loader.construct_object(v, deep=True) for k, (_, v) in zip(keys, node.value, strict=True)}
-
-    Loader.add_constructor("tag:yaml.org,2002:map", mapping)
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except OSError as error:
-        raise ArgumentError(f"{path}: {error.strerror}", "a YAML file", "check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ArgumentError(f"{path} is not YAML: {' '.join(str(error).split())}", "keys and values") from error
 
 
 def _refusal(cls: type[BaseModel], error: ValidationError, where: str) -> ArgumentError:
