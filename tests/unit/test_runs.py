@@ -121,3 +121,84 @@ def test_every_saved_type_can_be_found_and_drawn_types_are_saved():
     for kind, home in _TYPES.items():
         assert hasattr(importlib.import_module(home), kind)
     assert set(_DRAWN_BY) - {"LinearScope"} <= set(_TYPES), "a scope holds a live model and is not saved"
+
+
+def _hold(path, ready, go):
+    run = Run.open(path)
+    with run.working() as step:
+        run.save("first", Table([{"a": 1}]))
+        step("waiting")
+        ready.set()
+        go.wait(60)
+
+
+def test_one_process_at_a_time_works_on_a_run(tmp_path):
+    run, context = Run.create(tmp_path, "demo", {}), multiprocessing.get_context("spawn")
+    ready, go = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(run.path, ready, go))
+    process.start()
+    assert ready.wait(60)
+    assert run.state == "running"
+    for write in (lambda: run.save("first", Table([{"a": 2}])), lambda: run.status("failed"), run.working().__enter__):
+        with pytest.raises(RunError, match=f"process {process.pid} on .*one process at a time.*interp show"):
+            write()
+    go.set()
+    process.join(60)
+    assert (run.state, run.load("first")[0]) == ("finished", {"a": 1})
+    run.save("first", Table([{"a": 2}]))
+    assert run.load("first")[0] == {"a": 2}
+
+
+def _save_often(arguments):
+    path, seed = arguments
+    run = Run.open(path)
+    for _ in range(20):
+        run.save("votes", Votes(torch.full((2000,), float(seed)), {}, float(seed), 3.0, 0.0, 0.0, None, "x"))
+
+
+def test_processes_that_write_one_result_leave_one_of_theirs(tmp_path):
+    run = Run.create(tmp_path, "demo", {})
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        pool.map(_save_often, [(run.path, 1), (run.path, 2)])
+    found = run.load("votes")
+    assert found.map.unique().tolist() == [found.total]
+    assert not list(run.path.glob("*/.*.tmp"))
+
+
+def test_a_file_that_is_damaged_is_named(tmp_path):
+    run = Run.create(tmp_path, "demo", {})
+    run.save("votes", votes())
+    (run.path / "results" / "votes.safetensors").unlink()
+    with pytest.raises(RunError, match=r"votes\.safetensors is missing.*interp resume"):
+        run.load("votes")
+    (run.path / "status.json").write_text("{")
+    with pytest.raises(RunError, match=r"status\.json is corrupt.*restore it"):
+        _ = run.state
+    (run.path / "provenance.json").write_text("[]")
+    with pytest.raises(RunError, match=r"provenance\.json holds list"):
+        Run.open(run.path)
+    (run.path / "provenance.json").unlink()
+    with pytest.raises(RunError, match=r"provenance\.json cannot be read"):
+        Run.open(run.path)
+
+
+def test_provenance_says_where_results_come_from(tmp_path, monkeypatch):
+    import subprocess
+
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    assert "git" not in Run.create(tmp_path, "demo", {}).provenance
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    (work / "file").write_text("1")
+    for words in (["init", "-q"], ["add", "file"], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    run = Run.create(tmp_path, "demo", {})
+    assert (len(run.provenance["git"]["commit"]), run.provenance["git"]["changed"]) == (40, False)
+    (work / "file").write_text("2")
+    assert Run.create(tmp_path, "demo", {}).provenance["git"]["changed"]
+    with run.working():
+        pass
+    assert list(Run.open(run.path).provenance["times"]) == ["made", "started", "finished"]
+    assert run.provenance["command"]
