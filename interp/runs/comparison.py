@@ -32,8 +32,8 @@ class RunComparison(Rows):
         fields: Rows (what, field, first, second) of specification and provenance, where they differ.
         results: Rows (result, deviation, relative, note), one for each result of either: the largest absolute
             difference of any number in it, and the largest relative one. Relative is to the largest number of the same
-            column in a table, to the largest of all numbers else; integers are set against those of their field,
-            and errors, which are relative already, stay as they are.
+            column in a table or of the same array, and for a single number to the largest of the result's single
+            numbers, which may cancel; errors, which are relative already, stay as they are.
     """
 
     first: str
@@ -122,12 +122,10 @@ def _compared(first: Run, second: Run, name: str) -> dict[str, Any]:
 
 
 def _group(key: str, value: Any, table: bool) -> str:
-    """Whose largest number a number is set against: a column's, a field's, or that of all others."""
+    """Whose largest number a number is set against: its column's, its field's, or all others' where it stands alone."""
     column = re.sub(r"\[\d+\]\.?", "", key)
-    whole = not value.is_floating_point() and not value.is_complex() if isinstance(value, Tensor) else None
-    if whole is None:
-        whole = value.dtype.kind in "iub" if hasattr(value, "dtype") else isinstance(value, int)
-    return column if table or whole or column.endswith(_ERRORS) else ""
+    alone = isinstance(value, float) and not hasattr(value, "dtype")
+    return "" if alone and not table and not column.endswith(_ERRORS) else column
 
 
 def _apart(left: Tensor, right: Tensor) -> float:

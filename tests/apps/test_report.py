@@ -90,7 +90,7 @@ def test_hostile_text_stays_text(hostile_run):
 
 def test_a_run_without_results_has_a_report(tmp_path):
     run = Run.create(tmp_path, "demo", {})
-    assert "This run is running" in render(run)
+    assert "This run is created" in render(run)
 
 
 # In a browser

@@ -18,6 +18,8 @@ from tests.apps.test_run import WORDS
 from tests.apps.test_run_language import PATCHING, PROPAGATION
 
 DEMO = "kind: demo\nmodel: tiny-words\nimage_model: tiny-eyes\nprompts: [{prompt: the cat sat on}]"
+BARE = WORDS + "figures: []"
+SLOW = pytest.mark.slow
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 
 
@@ -73,7 +75,11 @@ def stop_at(monkeypatch, number: int) -> None:
         monkeypatch.setattr(module, "write_atomically", cut)
 
 
-@pytest.mark.parametrize(("text", "stops"), [(WORDS, 5), (DEMO, 3), (PATCHING, 4), (PROPAGATION, 9)])
+@pytest.mark.parametrize(
+    ("text", "stops"),
+    [(DEMO, 3), (PATCHING, 4), pytest.param(WORDS, 5, marks=SLOW), pytest.param(PROPAGATION, 9, marks=SLOW)],
+    ids=["demo", "patching", "scope", "propagation"],
+)
 def test_an_interrupted_run_goes_on_to_the_same_bytes(call, computed, tmp_path, monkeypatch, text, stops):
     whole = computed(text)
     with monkeypatch.context() as patch:
@@ -130,7 +136,7 @@ def test_a_killed_process_loses_nothing_finished(call, computed, tmp_path, token
 
 
 def test_a_run_is_verified(call, computed):
-    run = computed(WORDS)
+    run = computed(BARE)
     result = call("verify", run.path)
     assert result.exit_code == 0, result.output
     assert "largest relative deviation: 0, tolerance 0.0001" in result.stdout
@@ -153,7 +159,7 @@ def test_a_tolerance_is_that_of_the_coarsest_dtype(tmp_path):
 
 
 def test_two_runs_are_compared(call, computed):
-    first, second = computed(WORDS), computed(WORDS, "inputs.0.text=Mary gave the dog to", "token_blocks=null")
+    first, second = computed(BARE), computed(BARE, "inputs.0.text=Mary gave the dog to", "token_blocks=null")
     result = call("diff", first.path, second.path)
     assert result.exit_code == 0, result.output
     for part in ("inputs[0].text", '"Mary gave the dog to"', f"not in {second.path.name}", "largest relative"):
@@ -187,7 +193,7 @@ def test_a_run_that_is_not_finished_is_not_verified(call, tmp_path):
 def test_another_model_does_not_go_on(call, computed, monkeypatch, tokenizer):
     from interp.runs import scope_specs
 
-    run = computed(WORDS)
+    run = computed(BARE)
     run.status("failed", step="x", error="y")
     plain = tiny_load(tokenizer)
 
