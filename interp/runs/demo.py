@@ -114,9 +114,7 @@ def _prompt(run: Run, model: Model, spec: PromptSpec, name: str, progress: Progr
     observable = Observable.logit_diff(model, target, foil, name=label)
     attribution = run.once(f"{name}-attribution", lambda: direct_attribution(model, observable, spec.prompt))
     progress(f"{name}: token votes")
-    votes = run.once(
-        f"{name}-votes", lambda: LinearScope(model, spec.prompt, "frozen").votes(target, margin_to=foil)
-    )
+    votes = run.once(f"{name}-votes", lambda: LinearScope(model, spec.prompt, "frozen").votes(target, margin_to=foil))
     return [
         _row(name, "heads + MLPs + embedding + constant", label, attribution),
         _row(name, "token votes + r", label, votes),

@@ -94,7 +94,9 @@ def _yaml(text: str, where: str) -> Any:
     def mapping(loader: Any, node: Any) -> dict[Any, Any]:
         keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
         if twice := next((k for i, k in enumerate(keys) if k in keys[:i]), None):
-            raise ArgumentError(f"{where}: key {twice!r} stands twice, line {node.start_mark.line + 1}", "each key once")
+            raise ArgumentError(
+                f"{where}: key {twice!r} stands twice, line {node.start_mark.line + 1}", "each key once"
+            )
         return {k: loader.construct_object(v, deep=True) for k, (_, v) in zip(keys, node.value, strict=True)}
 
     Loader.add_constructor("tag:yaml.org,2002:map", mapping)

@@ -50,7 +50,9 @@ def _one(spec: LinearScopeSpec, model: Model, number: int, x: Any, run: Run, ste
         rows += _rows(name, *found[-1])
     for n, figure in enumerate(figures, start=1):
         step(f"{name}: figure {figure.figure}")
-        save_drawn(run, name, f"{n}-{figure.figure}", functools.partial(_drawn, figure, scope, found, run, name, tokens))
+        save_drawn(
+            run, name, f"{n}-{figure.figure}", functools.partial(_drawn, figure, scope, found, run, name, tokens)
+        )
     _spectrum(spec, scope, run, name, step)
     _blocks(spec, scope, model, x, run, name, step)
     return rows
@@ -122,7 +124,6 @@ def _blocks(
     if wanted is None:
         return
     step(f"{name}: token blocks")
-
 
     def compute() -> TokenBlocks:
         at = scope

@@ -1,5 +1,6 @@
 """The specifications beside the tutorials: all can be read, and one is computed as its reader would."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,16 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from interp.runs.again import verify
 from interp.runs.run import Run
-from interp.runs.specs import read_spec
+from interp.runs.specs import execute, kind_of, make_spec, read_spec
 
 ROOT = Path(__file__).parents[2]
-SPECS = sorted((ROOT / "tutorials" / "specs").glob("*.yaml"))
+SPECS = sorted(p for p in (ROOT / "tutorials" / "specs").iterdir() if p.suffix in (".yaml", ".toml"))
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda p: p.stem)
 def test_a_specification_can_be_read(path):
-    assert read_spec(path).model_dump()["model"]
+    spec = read_spec(path)
+    stored = json.loads(json.dumps(spec.model_dump(mode="json")))
+    assert make_spec(kind_of(spec), stored, "stored") == spec
 
 
 def computed(name: str, folder: Path) -> Run:
@@ -30,6 +34,14 @@ def computed(name: str, folder: Path) -> Run:
     assert (path / "report.html").is_file()
     assert len(run.figures) == len(list((path / "figures").glob("*.png")))
     return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SPECS, ids=lambda p: p.stem)
+def test_a_specification_gives_the_same_again(path, tmp_path, smollm2):
+    done = verify(execute(read_spec(path), tmp_path / "first"), tmp_path / "second")
+    assert done.holds, done.table()
+    assert len(done) > 1
 
 
 @pytest.mark.slow
