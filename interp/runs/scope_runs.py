@@ -4,14 +4,14 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from interp.runs.drawn import Drawn, save_drawn
+from interp.attribution.output_parts import output_parts
 from interp.hooks.errors import CompletenessError
 from interp.hooks.linear_scope import LinearScope
 from interp.hooks.model import Model
 from interp.hooks.table import Table
 from interp.hooks.token_blocks import TokenBlocks
 from interp.hooks.votes import BiasReport, Votes
-from interp.attribution.output_parts import output_parts
+from interp.runs.drawn import Drawn, save_drawn
 from interp.runs.run import Progress, Run
 from interp.runs.scope_figures import draw_blocks, draw_figure, draw_svd, draw_targets
 from interp.runs.scope_specs import FigureSpec, LinearScopeSpec, TargetSpec, box
