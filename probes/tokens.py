@@ -16,11 +16,16 @@ from torch import Tensor
 from interp.hooks.errors import ArgumentError
 
 Pool = Literal["mean", "max", "last", "first", "cls"] | int
+OnEmpty = Literal["raise", "drop"]
 SINK_RATIO = 5.0
 
 
 class FirstTokenWarning(UserWarning):
     """What was done with the first token of each example."""
+
+
+class EmptyExampleWarning(UserWarning):
+    """Which examples were left out because nothing of them is valid."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +37,7 @@ class TokenSets:
     Attributes:
         values: [tokens, d], floating point.
         offsets: [n + 1]; example i owns the rows offsets[i] to offsets[i + 1].
+        source: [n], places in the input, where empty examples were dropped: ``y[sets.source]`` are their labels.
 
     Example:
         >>> sets = TokenSets.from_list([torch.ones(2, 3), torch.zeros(1, 3)])
@@ -41,6 +47,7 @@ class TokenSets:
 
     values: Float[Tensor, "tokens d"]
     offsets: Int64[Tensor, "n_plus_one"]
+    source: Int64[Tensor, "n"] | None = None
 
     def __post_init__(self):
         """Refuse offsets that do not cut the tokens, and examples without a token.
@@ -54,7 +61,8 @@ class TokenSets:
         if empty:
             raise ArgumentError(
                 f"{len(empty)} examples without a valid token: {', '.join(map(str, empty[:10]))}",
-                "at least one valid token in each example", "drop them, or correct the mask",
+                "at least one valid token in each example",
+                'correct the mask, or TokenSets.from_padded(..., on_empty="drop") and y[sets.source]',
             )  # fmt: skip
 
     @classmethod
@@ -75,21 +83,33 @@ class TokenSets:
         return cls(torch.cat(tensors), lengths.cumsum(0))
 
     @classmethod
-    def from_padded(cls, features: Any, mask: Any = None) -> "TokenSets":
+    def from_padded(cls, features: Any, mask: Any = None, *, on_empty: OnEmpty = "raise") -> "TokenSets":
         """Token sets of features [n, T, d] and a mask [n, T], True where a token is valid.
 
         What stands at padded positions, NaN included, is never read.
 
+        Args:
+            features: [n, T, d].
+            mask: [n, T], or None where every token is valid.
+            on_empty: What happens to examples without a valid token: ``raise``, or ``drop`` them with a warning, so
+                that ``source`` says which are left.
+
         Raises:
-            ArgumentError: If the mask has another shape, or is not boolean or of 0 and 1.
+            ArgumentError: If the mask has another shape, is not boolean or of 0 and 1, or leaves an example empty.
         """
+        if on_empty not in ("raise", "drop"):
+            raise ArgumentError(f"on_empty={on_empty!r}", "raise or drop")
         tensor = _floating(features)
         if tensor.ndim != 3:
             raise ArgumentError(f"features of shape {list(tensor.shape)}", "[examples, tokens, d]")
         valid = as_mask(mask, tensor)
-        lengths = valid.sum(1)
+        lengths, source = valid.sum(1), None
+        if on_empty == "drop":
+            source = lengths.nonzero().flatten()
+            _warn_dropped(lengths)
+            lengths = lengths[source]
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        return cls(tensor[valid], offsets)
+        return cls(tensor[valid], offsets, source)
 
     @property
     def lengths(self) -> Int64[Tensor, "n"]:
@@ -187,6 +207,13 @@ class TokenSets:
         keep[self.offsets[:-1][self.lengths > 1]] = False
         lengths = (self.lengths - 1).clamp(min=1)
         return TokenSets(self.values[keep], torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+
+
+def _warn_dropped(lengths: Tensor) -> None:
+    empty = (lengths == 0).nonzero().flatten().tolist()
+    if empty:
+        text = f"{len(empty)} of {len(lengths)} examples have no valid token and are left out: "
+        warnings.warn(text + ", ".join(map(str, empty[:10])), EmptyExampleWarning, stacklevel=3)
 
 
 def as_mask(mask: Any, features: Tensor) -> Bool[Tensor, "n T"]:

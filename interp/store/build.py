@@ -143,10 +143,20 @@ def warn_short(examples: Examples, options: Options) -> None:
         warnings.warn(text, StoreWarning, stacklevel=3)
 
 
+def warn_dropped(examples: Examples, n: int) -> None:
+    """Say how many examples are left out, and which."""
+    if len(examples) < n:
+        gone = sorted(set(range(n)) - set(examples.source or ()))
+        text = f"{len(gone)} of {n} examples have no token left and are left out: {', '.join(map(str, gone[:10]))}"
+        warnings.warn(text, StoreWarning, stacklevel=3)
+
+
 def write_index(files: StoreFiles, examples: Examples, chunks: list, columns: dict[str, Any]) -> None:
     """Write lengths, token ids, places and columns."""
     order = torch.tensor([i for chunk in chunks for batch in chunk for i in batch])
     index = {"lengths": examples.lengths, "place": torch.argsort(order)}
+    if examples.source is not None:
+        index["source"] = torch.tensor(examples.source)
     if not isinstance(examples.rows, Tensor):
         index["ids"] = torch.cat(examples.rows)
     files.write_tensors("index.safetensors", index)

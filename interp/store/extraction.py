@@ -14,6 +14,7 @@ from interp.hooks.errors import ArgumentError, InputError, NonFiniteError, SiteE
 from interp.hooks.model import Model
 from interp.hooks.site import Site, SiteLike
 
+OnEmpty = Literal["raise", "drop"]
 POOLS = ("mean", "max", "last", "first")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SLICE = 256
@@ -64,11 +65,13 @@ class Examples:
         rows: Token ids of each example, or one tensor [n, ...].
         lengths: Tokens of each example (1 where there are none).
         kept: Of token ids, which count for means, maxima and stored tokens.
+        source: Places in the inputs, where empty ones were left out.
     """
 
     rows: list[Tensor] | Tensor
     lengths: Int64[Tensor, "n"]
     kept: list[Tensor] | None = field(default=None, repr=False)
+    source: list[int] | None = None
 
     @property
     def sha256(self) -> str:
@@ -88,12 +91,14 @@ class Examples:
         return self.rows[list(rows)] if isinstance(self.rows, Tensor) else [self.rows[i] for i in rows]
 
 
-def read_examples(model: Model, inputs: Any, skip_special: bool) -> Examples:
+def read_examples(model: Model, inputs: Any, options: Options, on_empty: OnEmpty = "raise") -> Examples:
     """Tokenise texts once, or take a tensor's rows.
 
     Raises:
         InputError: If there are no examples, or the model cannot take them.
     """
+    if on_empty not in ("raise", "drop"):
+        raise ArgumentError(f"on_empty={on_empty!r}", "raise or drop")
     if isinstance(inputs, str) or not hasattr(inputs, "__len__") or not len(inputs):
         raise InputError(f"inputs={inputs!r:.60}", "a list of texts or of token ids, or a tensor of examples")
     if model.reader.kind not in ("tokens", "encoder"):
@@ -101,13 +106,41 @@ def read_examples(model: Model, inputs: Any, skip_special: bool) -> Examples:
         if len(found) != 1 or not isinstance(found[0], Tensor):
             raise InputError(f"inputs of type {type(inputs).__name__}", "one tensor of examples, or what becomes one")
         return Examples(found[0], torch.ones(len(found[0]), dtype=torch.int64))
+    if on_empty == "drop":
+        return _without_empty(model, inputs, options)
+    rows = _token_rows(model, inputs)
+    kept = _ordinary(model, rows) if options.skip_special else None
+    empty = [] if kept is None else [i for i, k in enumerate(kept) if not bool(k.any())]
+    if empty:
+        raise InputError(
+            f"{len(empty)} texts of special tokens alone: {empty[:10]}", "at least one other token in each",
+            'on_empty="drop", or skip_special=False',
+        )  # fmt: skip
+    return Examples(rows, torch.tensor([len(r) for r in rows]), kept)
+
+
+def _without_empty(model: Model, inputs: Any, options: Options) -> Examples:
+    """Examples that have a token left after the special ones and, where means leave it out, the first one."""
+    source = [i for i in range(len(inputs)) if len(inputs[i])]
+    rows = _token_rows(model, [inputs[i] for i in source]) if source else []
+    kept = _ordinary(model, rows) if options.skip_special else [torch.ones(len(r), dtype=torch.bool) for r in rows]
+    first = 1 if options.skip_first and set(options.pools) & {"mean", "max"} else 0
+    left = [i for i, k in enumerate(kept) if bool(k[first:].any())]
+    if not left:
+        raise InputError(f"{len(inputs)} examples, all of them empty", "at least one with a token that is kept")
+    rows, kept = [rows[i] for i in left], [kept[i] for i in left]
+    lengths = torch.tensor([len(r) for r in rows])
+    return Examples(rows, lengths, kept if options.skip_special else None, [source[i] for i in left])
+
+
+def _token_rows(model: Model, inputs: Any) -> list[Tensor]:
     rows: list[Tensor] = []
     for start in range(0, len(inputs), _SLICE):
         batch = model.batch(_part(inputs, start), "right")
         assert batch.ids is not None
         assert batch.mask is not None
         rows += [ids[mask].cpu() for ids, mask in zip(batch.ids, batch.mask, strict=True)]
-    return Examples(rows, torch.tensor([len(r) for r in rows]), _ordinary(model, rows) if skip_special else None)
+    return rows
 
 
 def _part(inputs: Any, start: int) -> Any:
@@ -118,14 +151,7 @@ def _ordinary(model: Model, rows: list[Tensor]) -> list[Tensor]:
     special = getattr(model.tokenizer, "all_special_ids", None)
     if not special:
         raise ArgumentError("skip_special=True", "a tokenizer with special tokens", "leave skip_special out")
-    kept = [~torch.isin(row, torch.tensor(special)) for row in rows]
-    empty = [i for i, k in enumerate(kept) if not bool(k.any())]
-    if empty:
-        raise InputError(
-            f"{len(empty)} texts of special tokens alone: {empty[:10]}", "at least one other token in each",
-            "drop them, or skip_special=False",
-        )  # fmt: skip
-    return kept
+    return [~torch.isin(row, torch.tensor(special)) for row in rows]
 
 
 def check_sites(model: Model, sites: SiteLike | Sequence[SiteLike]) -> list[Site]:

@@ -24,11 +24,12 @@ from interp.store.build import (
     sizes_of,
     skips_first,
     wanted_sites,
+    warn_dropped,
     warn_short,
     write_chunks,
     write_index,
 )
-from interp.store.extraction import Options, plan_batches, plan_chunks, read_examples
+from interp.store.extraction import OnEmpty, Options, plan_batches, plan_chunks, read_examples
 from interp.store.files import StoreFiles
 
 
@@ -70,7 +71,8 @@ class ActivationStore:
         cls, model: Model, inputs: Any, sites: SiteLike | Sequence[SiteLike], path: str | Path, *,
         pools: Sequence[str] = ("mean", "last"), tokens: SiteLike | Sequence[SiteLike] = (), dtype: str = "float32",
         labels: Sequence[Any] | None = None, groups: Sequence[Any] | None = None,
-        skip_first: bool | Literal["auto"] = "auto", skip_special: bool = False, batch_size: int = 32,
+        skip_first: bool | Literal["auto"] = "auto", skip_special: bool = False,
+        on_empty: OnEmpty = "raise", batch_size: int = 32,
         batch_tokens: int = 4096, shard: int | str = "64MiB", budget: int | str | None = None,
         progress: Progress = lambda _: None,
     ) -> "ActivationStore":  # fmt: skip
@@ -95,6 +97,9 @@ class ActivationStore:
             skip_first: Whether means and maxima leave out the first token, an attention sink in decoders: by default
                 there and nowhere else. Stored tokens keep it.
             skip_special: Whether means, maxima and stored tokens leave out special tokens.
+            on_empty: What happens to texts without a token, or with none but special ones that are left out:
+                ``raise``, or ``drop`` them with their labels and groups, and with them those of one token of which
+                means leave out the first. `source` says which are left.
             batch_size: Most examples in one forward call.
             batch_tokens: Most tokens in one forward call, padding included.
             shard: Bytes after which a chunk ends; what a kill can cost.
@@ -111,21 +116,23 @@ class ActivationStore:
             bytes_of(shard),
         )  # fmt: skip
         wanted = wanted_sites(model, sites, tokens, options)
-        examples = read_examples(model, inputs, skip_special)
-        check_columns(len(examples), labels=labels, groups=groups)
+        examples = read_examples(model, inputs, options, on_empty)
+        check_columns(len(inputs) if examples.source else len(examples), labels=labels, groups=groups)
         shapes, places = shapes_of(model, examples, wanted, options)
         sizes = sizes_of(examples, wanted, options, shapes, places)
         plan = StorePlan(len(examples), int(examples.lengths.sum()), len(wanted.all), int(sizes.sum()))
         chunks = plan_chunks(plan_batches(examples.lengths, options), sizes, options.shard)
+        chosen = range(len(examples)) if examples.source is None else examples.source
         columns = {
-            "labels": None if labels is None else list(labels),
-            "groups": None if groups is None else list(groups),
+            name: None if column is None else [column[i] for i in chosen]
+            for name, column in (("labels", labels), ("groups", groups))
         }
         manifest = manifest_of(model, examples, wanted, options, shapes, plan, len(chunks), columns)
         files = StoreFiles(path)
         check_room(plan, files.path, budget)
         files.prepare(manifest)
         warn_short(examples, options)
+        warn_dropped(examples, len(examples) if examples.source is None else len(inputs))
         write_index(files, examples, chunks, columns)
         write_chunks(files, model, examples, wanted, options, chunks, progress)
         return cls.open(path)
@@ -137,7 +144,7 @@ class ActivationStore:
     ) -> StorePlan:  # fmt: skip
         """What `build` would write, without writing it: print it before you build."""
         options = Options(tuple(pools), dtype, False, False, 1, 1, 1)
-        wanted, examples = wanted_sites(model, sites, tokens, options), read_examples(model, inputs, False)
+        wanted, examples = wanted_sites(model, sites, tokens, options), read_examples(model, inputs, options)
         shapes, places = shapes_of(model, examples, wanted, options)
         total = int(sizes_of(examples, wanted, options, shapes, places).sum())
         return StorePlan(len(examples), int(examples.lengths.sum()), len(wanted.all), total)
@@ -199,6 +206,12 @@ class ActivationStore:
     def groups(self) -> list[Any] | None:
         """Groups that were stored with the examples."""
         return self._columns()["groups"]
+
+    @property
+    def source(self) -> Int64[Tensor, "n"]:
+        """Places of the examples in the inputs that `build` was given: all of them, less those it dropped."""
+        index = self._index()
+        return index.get("source", torch.arange(len(self)))
 
     @property
     def token_ids(self) -> list[Tensor] | None:

@@ -81,6 +81,31 @@ def test_texts_labels_and_special_tokens(tmp_path, tokenizer):
         ActivationStore.build(model, ["the cat", "<bos> <eos>"], store.sites, tmp_path / "t", skip_special=True)
 
 
+def test_empty_texts_are_dropped_with_their_labels_where_that_is_asked_for(tmp_path, tokenizer, unchecked):
+    model = interp.attach(build("gpt2"), tokenizer)
+    texts = ["<bos> the cat sat <eos>", "", "<bos> <eos>", "<bos> a dog <eos>", "cat"]
+    site = "blocks.1.hook_resid_post"
+    build_it = lambda name, given, **more: ActivationStore.build(
+        model, given, site, tmp_path / name, tokens=site, skip_special=True, **more
+    )
+    with pytest.raises(InputError, match="empty"):
+        build_it("refused", texts)
+    with pytest.warns(StoreWarning, match=r"3 of 5 examples .* left out: 1, 2, 4"):
+        store = build_it("dropped", texts, labels=list("abcde"), groups=[0, 1, 2, 3, 4], on_empty="drop")
+    assert (store.labels, store.groups, store.source.tolist()) == (["a", "d"], [0, 3], [0, 3])
+    same = build_it("chosen", [texts[0], texts[3]], labels=["a", "d"], groups=[0, 3])
+    assert same.source.tolist() == [0, 1]
+    for pool in same.pools:
+        assert torch.equal(store.pooled(site, pool), same.pooled(site, pool))
+    assert torch.equal(store.tokens(site).values, same.tokens(site).values)
+    with pytest.warns(StoreWarning, match=r"2 of 5 examples .* left out: 1, 2"):
+        assert build_it("lone", texts, on_empty="drop", skip_first=False).source.tolist() == [0, 3, 4]
+    with pytest.raises(InputError, match="all of them empty"):
+        build_it("none", ["", "<bos> <eos>"], on_empty="drop")
+    with pytest.raises(ArgumentError, match="labels of length 4 for 5"):
+        build_it("short", texts, labels=list("abcd"), on_empty="drop")
+
+
 def test_feature_maps_are_sets_of_places(tmp_path):
     module = build_cnn()
     model, images = interp.attach(module), torch.randn(7, 3, 6, 6)

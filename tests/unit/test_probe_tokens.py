@@ -7,7 +7,7 @@ from sklearn.model_selection import KFold, cross_val_score
 
 from interp.hooks.errors import ArgumentError
 from interp.probes import FirstTokenWarning, MassMeanProbe, MomentFeatures, TokenSets
-from interp.probes.tokens import as_token_sets
+from interp.probes.tokens import EmptyExampleWarning, as_token_sets
 
 LENGTHS = (4, 1, 6, 3)
 
@@ -71,6 +71,22 @@ def test_slices_are_those_of_a_list():
 def test_a_malformed_mask_is_refused(mask, match):
     with pytest.raises(ArgumentError, match=match):
         as_token_sets(torch.zeros(4, 6, 2), mask)
+
+
+def test_empty_examples_are_dropped_where_that_is_asked_for(unchecked):
+    x, mask = padded(ragged())
+    mask[1] = False
+    with pytest.warns(EmptyExampleWarning, match="1 of 4 examples .*left out: 1$"):
+        sets = TokenSets.from_padded(x, mask, on_empty="drop")
+    assert sets.source.tolist() == [0, 2, 3]
+    assert sets.lengths.tolist() == [4, 6, 3]
+    assert torch.equal(sets.values, TokenSets.from_padded(x[[0, 2, 3]], mask[[0, 2, 3]]).values)
+    y = np.array(["a", "b", "b", "a"])
+    assert MassMeanProbe(skip_first=False).fit(sets, y[sets.source]).classes_.tolist() == ["a", "b"]
+    mask[:] = True
+    assert TokenSets.from_padded(x.nan_to_num(), mask, on_empty="drop").source.tolist() == [0, 1, 2, 3]
+    with pytest.raises(ArgumentError, match="on_empty='skip'"):
+        TokenSets.from_padded(x, mask, on_empty="skip")
 
 
 def test_a_mask_without_padding_is_refused():
