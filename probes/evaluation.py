@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from interp.hooks.errors import ArgumentError
 from interp.hooks.table import Rows, Table
 from interp.probes.controls import Selectivity, control_labels, held_out_score
-from interp.probes.fitting import as_numbers, fit, probabilities, take
+from interp.probes.fitting import as_numbers, count, fit, probabilities, take
 from interp.probes.intervals import DRAWS, Interval, cluster_members
 from interp.probes.scores import Calibration, calibration, log_losses, score_table
 from interp.probes.splits import OnMissing, Split, duplicate_groups, outer_folds
@@ -33,6 +33,7 @@ class Evaluation(Rows):
         duplicates: Texts that repeat an earlier one, which were kept in one group; None where no texts were given.
         groups: Number of groups; None without groups.
         converged: Share of the fits that converged.
+        untrained: Balanced accuracy of the same probe on an untrained copy of the model, if one was given.
     """
 
     classes: list[Any]
@@ -47,6 +48,7 @@ class Evaluation(Rows):
     duplicates: int | None
     groups: int | None
     converged: float
+    untrained: float | None = None
 
     @property
     def calibration(self) -> Calibration:
@@ -68,6 +70,8 @@ class Evaluation(Rows):
             kind = self.selectivity.kind
             rows.append({"what": f"balanced_accuracy on {kind}", "value": self.selectivity.control, **blank})
             rows.append({"what": "selectivity", "value": self.selectivity.selectivity, **blank})
+        if self.untrained is not None:
+            rows.append({"what": "balanced_accuracy on an untrained copy", "value": self.untrained, **blank})
         return rows
 
     def table(self) -> Table:
@@ -87,7 +91,7 @@ class Evaluation(Rows):
 def evaluate(
     probe: Any, X: Any, y: Any, *, groups: Any = None, texts: Sequence[str] | None = None, types: Any = None,
     folds: Any = 5, seeds: Sequence[int] = (0,), controls: int = 3, level: float = 0.95,
-    on_missing_class: OnMissing = "raise",
+    on_missing_class: OnMissing = "raise", untrained: Any = None,
 ) -> Evaluation:  # fmt: skip
     """Score a probe by cross-validation that leaks nothing, with its baselines and controls.
 
@@ -107,6 +111,8 @@ def evaluate(
         controls: Control runs; 0 leaves them out, which the table then says.
         level: Coverage of the intervals.
         on_missing_class: What happens to a fold that lacks a class: ``raise``, or ``warn`` and leave it out.
+        untrained: Features of the same examples in an untrained copy of the model (`interp.causal.untrained`): what a probe
+            reaches there is due to words, positions and architecture, not to what was learnt.
 
     Raises:
         ArgumentError: If lengths differ, there are no seeds, or a split is not possible.
@@ -121,6 +127,8 @@ def evaluate(
     numbers, classes = as_numbers(y, X)
     if not len(seeds) or controls < 0:
         raise ArgumentError(f"seeds={list(seeds)}, controls={controls}", "at least one seed, and no negative number")
+    if untrained is not None and count(untrained) != len(numbers):
+        raise ArgumentError(f"untrained features of {count(untrained)} examples", f"{len(numbers)}, as in X")
     grouping = None if texts is None else duplicate_groups(texts, groups)
     joined = groups if grouping is None else grouping.groups
     runs = []
@@ -142,6 +150,11 @@ def evaluate(
         float(frequencies.max()), float(-(frequencies[frequencies > 0] * np.log(frequencies[frequencies > 0])).sum()),
         None if grouping is None else grouping.duplicates, None if kept is None else len(np.unique(kept)),
         float(np.mean([c for _, c in runs])),
+        None if untrained is None else float(np.mean([
+            held_out_score(probe, untrained, numbers,
+                           outer_folds(numbers, joined, folds, seed, on_missing_class=on_missing_class), joined, seed)
+            for seed in seeds
+        ])),
     )  # fmt: skip
 
 

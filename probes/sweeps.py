@@ -1,8 +1,6 @@
 """Sweeps: probes at sites, by nested cross-validation, with controls in every row; resumable."""
 
-import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from interp.hooks.errors import ArgumentError
 from interp.hooks.table import Rows, Table
@@ -19,6 +15,7 @@ from interp.probes.controls import control_labels
 from interp.probes.fitting import as_numbers, count, fit, probabilities, take
 from interp.probes.scores import balanced_accuracy, log_losses, score_table
 from interp.probes.splits import Split, duplicate_groups, outer_folds
+from interp.probes.sweep_files import KeptRows, content_hash, hash_of
 from interp.probes.tokens import TokenSets
 from interp.store.store import ActivationStore
 
@@ -34,8 +31,9 @@ class ProbeSweep(Rows):
 
     Attributes:
         rows: One for each site, pooling, probe, seed and fold: ``value`` on the test part, ``control`` with control
-            labels on the same split, ``inner`` (held-out score inside the training part: minus the log-loss, by which
-            a site is chosen), ``n``, ``fit_seconds``, ``converged``.
+            labels on the same split, ``untrained`` on an untrained copy of the model (if there is one), ``inner``
+            (held-out score inside the training part: minus the log-loss, by which a site is chosen), ``n``,
+            ``fit_seconds``, ``converged``.
         metric: What ``value`` and ``control`` are.
         majority: Share of the most frequent class.
         control: Which control it was.
@@ -65,6 +63,7 @@ class ProbeSweep(Rows):
                 "site": site, "pool": pool, "probe": probe, self.metric: float(values.mean()),
                 "spread": float(values.std(ddof=1)) if len(values) > 1 else float("nan"),
                 "control": float(controls.mean()), "selectivity": float((values - controls).mean()),
+                **_untrained_mean(rows),
                 "inner": float(np.mean([r["inner"] for r in rows])),
                 "converged": float(np.mean([r["converged"] for r in rows])),
                 "fit_seconds": float(np.sum([r["fit_seconds"] for r in rows])),
@@ -98,7 +97,7 @@ class ProbeSweep(Rows):
         return {
             "site": site, "pool": pool, "probe": kind, "metric": self.metric, "value": float(values.mean()),
             "spread": float(values.std(ddof=1)) if len(values) > 1 else float("nan"),
-            "control": float(np.mean([r["control"] for r in picked])),
+            "control": float(np.mean([r["control"] for r in picked])), **_untrained_mean(picked),
             "chosen": {" ".join(name): times for name, times in chosen.items()},
         }  # fmt: skip
 
@@ -110,8 +109,14 @@ class ProbeSweep(Rows):
 
     def __str__(self) -> str:
         best = self.best()
-        line = f"nested: {best['metric']} {best['value']:.3f} ± {best['spread']:.3f} (control {best['control']:.3f}), "
+        other = f", untrained copy {best['untrained']:.3f}" if "untrained" in best else ""
+        line = f"nested: {best['metric']} {best['value']:.3f} ± {best['spread']:.3f} "
+        line += f"(control {best['control']:.3f}{other}), "
         return f"{self.curve()}\n{line}mostly at {best['site']} by {best['probe']}; decodable, use not tested"
+
+
+def _untrained_mean(rows: list[dict[str, Any]]) -> dict[str, float]:
+    return {"untrained": float(np.mean([r["untrained"] for r in rows]))} if "untrained" in rows[0] else {}
 
 
 def _key(row: Mapping[str, Any]) -> Key:
@@ -139,13 +144,15 @@ class _Task:
     folds: Any
     metric: str
     control: bool
+    untrained: Any
 
 
 def sweep(
     data: Source, y: Any, probes: Mapping[str, Any] | Sequence[Any], *, sites: Sequence[str] | None = None,
     pools: Sequence[str] = ("mean",), groups: Any = None, texts: Sequence[str] | None = None, types: Any = None,
     folds: Any = 5, seeds: Sequence[int] = (0,), metric: str = "balanced_accuracy", control: bool = True,
-    path: str | Path | None = None, jobs: int = 1, progress: Callable[[str], None] = lambda _: None,
+    untrained: Source | None = None, path: str | Path | None = None, jobs: int = 1,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> ProbeSweep:  # fmt: skip
     """Fit probes at sites by nested cross-validation.
 
@@ -165,6 +172,8 @@ def sweep(
         seeds: Of splits, probes and controls.
         metric: One of the scores of `score_table`.
         control: Whether to fit control labels too (doubles the work).
+        untrained: The same sites of an untrained copy of the model (`interp.causal.untrained`), on which every probe is
+            fitted too; by default the copy's store that `ActivationStore.build(..., untrained=seed)` kept.
         path: A folder; finished parts are kept there and not computed again, and can be read while it runs.
         jobs: Processes.
         progress: Called with a line after each probe at a site, with the time that is left.
@@ -191,11 +200,16 @@ def sweep(
         raise ArgumentError("no labels", "y=, or a store that was built with labels=")
     numbers, _ = as_numbers(y, first)
     joined, duplicates = _joined(data, texts, groups)
-    task = _Task(numbers, joined, types, folds, metric, control)
+    if untrained is None and isinstance(data, ActivationStore):
+        untrained = data.untrained
+    if untrained is not None:
+        _features(untrained, *chosen[0])  # refused before any work
+    task = _Task(numbers, joined, types, folds, metric, control, untrained)
     outer_folds(numbers, joined, folds, seeds[0])  # refused before any work
     todo = [_Job(s, p, name, probe, seed) for s, p in chosen for name, probe in named.items() for seed in seeds]
     rows = [row for done in _run(data, todo, task, path, jobs, progress) for row in done]
     kind = "none" if not control else "shuffled labels" if types is None else "control task"
+    kind += ", untrained copy" if untrained is not None else ""
     return ProbeSweep(rows, metric, float(np.bincount(numbers).max() / len(numbers)), kind, duplicates)
 
 
@@ -243,12 +257,15 @@ def _sites(data: Source, sites: Sequence[str] | None, pools: Sequence[str]) -> l
 
 def _features(data: Source, site: str, pool: str) -> Any:
     if not isinstance(data, ActivationStore):
-        return next(value for key, value in data.items() if str(key) == site)
+        named = {str(key): value for key, value in data.items()}
+        if site not in named:
+            raise ArgumentError(f"no {site} in the mapping", f"features of every site; there are {list(named)[:5]}")
+        return named[site]
     return TokenSets(*data.tokens(site)) if pool == "tokens" else data.pooled(site, pool).numpy()
 
 
 def _run(data, todo: list[_Job], task: _Task, path, jobs: int, progress) -> Iterator[list[dict[str, Any]]]:
-    kept, began = _Kept(path), time.perf_counter()
+    kept, began = KeptRows(path), time.perf_counter()
     keys = {id(job): _fingerprint(data, job, task) if path is not None else "" for job in todo}
     open_jobs = [job for job in todo if keys[id(job)] not in kept.rows]
     found = {id(job): kept.rows[keys[id(job)]] for job in todo if keys[id(job)] in kept.rows}
@@ -265,22 +282,40 @@ def _computed(data, todo: list[_Job], task: _Task, jobs: int) -> Iterator[tuple[
         held: tuple[Any, Any] = (None, None)
         for job in todo:
             if held[0] != (job.site, job.pool):
-                held = ((job.site, job.pool), _features(data, job.site, job.pool))
-            yield job, _job_rows(held[1], job, task)
+                held = ((job.site, job.pool), _pair(data, job, task))
+            yield job, _job_rows(*held[1], job, task)
         return
     from joblib import Parallel, delayed
 
     run = Parallel(n_jobs=jobs, return_as="generator")
-    results = run(delayed(_job_rows)(_features(data, job.site, job.pool), job, task) for job in todo)
+    results = run(delayed(_job_rows)(*_pair(data, job, task), job, task) for job in todo)
     yield from zip(todo, results, strict=True)  # type: ignore[arg-type]
 
 
-def _job_rows(X: Any, job: _Job, task: _Task) -> list[dict[str, Any]]:
-    if count(X) != len(task.y):
-        raise ArgumentError(f"{count(X)} examples at {job.site}", f"{len(task.y)}, one for each label")
+def _pair(data: Source, job: _Job, task: _Task) -> tuple[Any, Any]:
+    """Features of the model, and of its untrained copy if there is one."""
+    other = None if task.untrained is None else _features(task.untrained, job.site, job.pool)
+    return _features(data, job.site, job.pool), other
+
+
+def _job_rows(X: Any, untrained: Any, job: _Job, task: _Task) -> list[dict[str, Any]]:
+    for features in (X,) if untrained is None else (X, untrained):
+        if count(features) != len(task.y):
+            raise ArgumentError(f"{count(features)} examples at {job.site}", f"{len(task.y)}, one for each label")
     split = outer_folds(task.y, task.groups, task.folds, job.seed)
     labels = control_labels(task.y, task.types, task.groups, split, job.seed + 1)
-    return [_fold_row(X, job, task, labels, number, part) for number, part in enumerate(split)]
+    rows = [_fold_row(X, job, task, labels, number, part) for number, part in enumerate(split)]
+    return rows if untrained is None else [
+        {**row, "untrained": _untrained(untrained, job, task, part)} for row, part in zip(rows, split, strict=True)
+    ]  # fmt: skip
+
+
+def _untrained(X: Any, job: _Job, task: _Task, part: Split) -> float:
+    """What the same probe reaches on the untrained copy, by the same labels and parts."""
+    train, test = part
+    groups = None if task.groups is None else np.asarray(task.groups)[train]
+    made = fit(job.probe, take(X, train), task.y[train], groups, job.seed)
+    return _score(made, take(X, test), task.y[test], int(task.y.max()) + 1, task.metric)
 
 
 def _fold_row(X: Any, job: _Job, task: _Task, labels: np.ndarray, number: int, part: Split) -> dict[str, Any]:
@@ -318,55 +353,14 @@ def _inner(job: _Job, made: Any, X: Any, y: np.ndarray, groups: Any) -> float:
     return -float(np.mean(losses))
 
 
-class _Kept:
-    """Finished parts of a sweep on disk, one line each; a line that a kill cut off is computed again."""
-
-    def __init__(self, folder: str | Path | None):
-        self.file = None if folder is None else Path(folder) / "sweep.jsonl"
-        self.rows: dict[str, list[dict[str, Any]]] = {}
-        if self.file is None:
-            return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        text = self.file.read_text(encoding="utf-8") if self.file.is_file() else ""
-        for line in text.splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            self.rows[record["key"]] = record["rows"]
-        if text and not text.endswith("\n"):
-            self.file.write_text(text + "\n", encoding="utf-8")
-
-    def add(self, key: str, rows: list[dict[str, Any]]) -> None:
-        """Append a finished part."""
-        if self.file is None:
-            return
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "rows": rows}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
 def _fingerprint(data: Source, job: _Job, task: _Task) -> str:
     """Hash of all that a job's result depends on."""
-    import interp
-
-    if isinstance(data, ActivationStore):
-        source = f"{data.sha256} {job.site} {job.pool}"
-    else:
-        source = f"{_content(_features(data, job.site, job.pool))} {job.site} {job.pool}"
+    sources = [None if d is None else _identity(d, job) for d in (data, task.untrained)]
     params = json.dumps(job.probe.get_params(), default=repr, sort_keys=True)
     labels = [None if v is None else np.asarray(v).tolist() for v in (task.y, task.groups, task.types)]
-    parts = [source, job.name, type(job.probe).__name__, params, job.seed, labels, repr(task.folds), task.metric,
-             task.control, interp.__version__]  # fmt: skip
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return hash_of([sources, job.site, job.pool, job.name, type(job.probe).__name__, params, job.seed, labels,
+                    repr(task.folds), task.metric, task.control])  # fmt: skip
 
 
-def _content(X: Any) -> str:
-    parts = [X.values, X.offsets] if isinstance(X, TokenSets) else X if isinstance(X, (list, tuple)) else [X]
-    whole = hashlib.sha256()
-    for part in parts:
-        array = np.ascontiguousarray(part.detach().cpu().numpy() if isinstance(part, Tensor) else part)
-        whole.update(f"{array.dtype}{array.shape}".encode())
-        whole.update(torch.as_tensor(array).flatten().view(torch.uint8).numpy().tobytes())
-    return whole.hexdigest()
+def _identity(data: Source, job: _Job) -> str:
+    return data.sha256 if isinstance(data, ActivationStore) else content_hash(_features(data, job.site, job.pool))

@@ -72,7 +72,7 @@ class ActivationStore:
         pools: Sequence[str] = ("mean", "last"), tokens: SiteLike | Sequence[SiteLike] = (), dtype: str = "float32",
         labels: Sequence[Any] | None = None, groups: Sequence[Any] | None = None,
         skip_first: bool | Literal["auto"] = "auto", skip_special: bool = False,
-        on_empty: OnEmpty = "raise", batch_size: int = 32,
+        on_empty: OnEmpty = "raise", untrained: int | None = None, batch_size: int = 32,
         batch_tokens: int = 4096, shard: int | str = "64MiB", budget: int | str | None = None,
         progress: Progress = lambda _: None,
     ) -> "ActivationStore":  # fmt: skip
@@ -100,6 +100,8 @@ class ActivationStore:
             on_empty: What happens to texts without a token, or with none but special ones that are left out:
                 ``raise``, or ``drop`` them with their labels and groups, and with them those of one token of which
                 means leave out the first. `source` says which are left.
+            untrained: A seed: the same is extracted of an untrained copy of the model too, into the folder ``untrained``.
+                Sweeps then show what each probe reaches there.
             batch_size: Most examples in one forward call.
             batch_tokens: Most tokens in one forward call, padding included.
             shard: Bytes after which a chunk ends; what a kill can cost.
@@ -135,6 +137,15 @@ class ActivationStore:
         warn_dropped(examples, len(examples) if examples.source is None else len(inputs))
         write_index(files, examples, chunks, columns)
         write_chunks(files, model, examples, wanted, options, chunks, progress)
+        if untrained is not None:
+            from interp.causal.networks import untrained as copy_of
+
+            cls.build(
+                copy_of(model, untrained), inputs, sites, files.path / "untrained", pools=pools, tokens=tokens,
+                dtype=dtype, labels=labels, groups=groups, skip_first=skip_first, skip_special=skip_special,
+                on_empty=on_empty, batch_size=batch_size, batch_tokens=batch_tokens, shard=shard, budget=budget,
+                progress=progress,
+            )  # fmt: skip
         return cls.open(path)
 
     @staticmethod
@@ -206,6 +217,12 @@ class ActivationStore:
     def groups(self) -> list[Any] | None:
         """Groups that were stored with the examples."""
         return self._columns()["groups"]
+
+    @property
+    def untrained(self) -> "ActivationStore | None":
+        """The store of an untrained copy of the model, if one was built with this one."""
+        folder = self.path / "untrained"
+        return ActivationStore.open(folder) if folder.is_dir() else None
 
     @property
     def source(self) -> Int64[Tensor, "n"]:

@@ -106,6 +106,24 @@ def test_empty_texts_are_dropped_with_their_labels_where_that_is_asked_for(tmp_p
         build_it("short", texts, labels=list("abcd"), on_empty="drop")
 
 
+def test_an_untrained_copy_is_built_beside_and_stands_in_sweeps(tmp_path):
+    model, site, inputs = interp.attach(build("gpt2")), "blocks.1.hook_resid_post", rows(12)
+    y = [i % 2 for i in range(12)]
+    alone = ActivationStore.build(model, inputs, site, tmp_path / "a", pools=["last"], labels=y)
+    store = ActivationStore.build(model, inputs, site, tmp_path / "b", pools=["last"], labels=y, untrained=3)
+    assert alone.untrained is None
+    assert store.sha256 == alone.sha256
+    copy = interp.causal.untrained(model, 3)
+    last = torch.stack([copy.capture([row], site)[site][0, -1] for row in inputs])
+    torch.testing.assert_close(store.untrained.pooled(site, "last"), last, rtol=1e-4, atol=1e-5)
+    found = sweep(store, None, [MassMeanProbe()], pools=["last"], folds=2)
+    by_hand = sweep(store.untrained, None, [MassMeanProbe()], pools=["last"], folds=2)
+    assert [r["untrained"] for r in found.rows] == [r["value"] for r in by_hand.rows]
+    assert contents(tmp_path / "b") == contents(
+        ActivationStore.build(model, inputs, site, tmp_path / "b", pools=["last"], labels=y, untrained=3).path
+    )
+
+
 def test_feature_maps_are_sets_of_places(tmp_path):
     module = build_cnn()
     model, images = interp.attach(module), torch.randn(7, 3, 6, 6)

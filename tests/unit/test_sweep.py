@@ -13,6 +13,7 @@ from interp.probes import (
     AttentionProbe,
     LogisticProbe,
     MassMeanProbe,
+    evaluate,
     learning_curve,
     outer_folds,
     sweep,
@@ -117,6 +118,31 @@ def test_stores_pools_and_tokens(tmp_path):
 
 
 @pytest.mark.slow
+def test_an_untrained_copy_is_one_more_control():
+    data, y = task(sites=2)
+    noise = {site: np.random.default_rng(5).normal(size=x.shape) for site, x in data.items()}
+    found = sweep(data, y, [MassMeanProbe()], untrained=noise)
+    for row in found.rows:
+        train, test = outer_folds(y, None, 5, 0)[row["fold"]]
+        x = noise[row["site"]]
+        made = MassMeanProbe().fit(x[train], y[train])
+        assert row["untrained"] == pytest.approx(balanced_accuracy(y[test], made.predict(x[test])))
+    best = found.best()
+    assert best["value"] > 0.6 > best["untrained"]
+    assert "untrained copy" in str(found)
+    assert "untrained" not in sweep(data, y, [MassMeanProbe()]).rows[0]
+    report = evaluate(MassMeanProbe(), data["site 1"], y, untrained=noise["site 1"])
+    rows = [r for r in found.rows if r["site"] == "site 1"]
+    assert report.untrained == pytest.approx(np.mean([r["untrained"] for r in rows]))
+    assert report.to_records()[-1]["what"] == "balanced_accuracy on an untrained copy"
+    for call in (lambda x: sweep(data, y, [MassMeanProbe()], untrained={"site 1": x, "site 0": x}),
+                 lambda x: evaluate(MassMeanProbe(), data["site 1"], y, untrained=x)):  # fmt: skip
+        with pytest.raises(ArgumentError, match="79 examples"):
+            call(noise["site 1"][1:])
+    with pytest.raises(ArgumentError, match="no site 0 in the mapping"):
+        sweep(data, y, [MassMeanProbe()], untrained={"site 1": noise["site 1"]})
+
+
 def test_processes_change_nothing():
     data, y = task()
     one, two = (sweep(data, y, [LogisticProbe(C=1.0)], jobs=jobs) for jobs in (1, 2))
