@@ -22,6 +22,7 @@ _HOME = {
     "interp.probes.moment_probe": ["MomentProbe"],
     "interp.probes.moments": ["MomentFeatures"],
     "interp.probes.neighbours": ["KNNProbe"],
+    "interp.probes.regression": ["RegressionEvaluation", "RidgeRegression"],
     "interp.probes.saving": ["load_probe", "save_probe"],
     "interp.probes.scores": ["Calibration", "apply_temperature", "calibration", "fit_temperature", "score_table"],
     "interp.probes.site_moments": ["ClosedForms", "closed_forms"],
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from interp.probes.moment_probe import MomentProbe
     from interp.probes.moments import MomentFeatures
     from interp.probes.neighbours import KNNProbe
+    from interp.probes.regression import RegressionEvaluation, RidgeRegression
     from interp.probes.saving import load_probe, save_probe
     from interp.probes.scores import Calibration, apply_temperature, calibration, fit_temperature, score_table
     from interp.probes.site_fits import fit_sites
@@ -63,11 +65,12 @@ __all__ = [
     "AttentionProbe", "BilinearProbe", "BranchPoint", "CCSProbe", "Calibration", "ClosedForms", "Codelength",
     "Evaluation", "FirstTokenWarning", "Grouping", "Interval", "KNNProbe", "LDAProbe", "LeaceEraser", "LeaceFitter",
     "LearningCurve", "LogisticProbe", "MLPProbe", "MassMeanProbe", "MomentFeatures", "MomentHead", "MomentProbe",
-    "PSRPAdapter", "PermutationTest", "ProbeSweep", "ProbeUse", "RidgeProbe", "Selectivity", "TokenSets",
-    "TransferMatrix", "ablate_direction", "apply_temperature", "bootstrap_ci", "calibration", "closed_forms",
-    "control_task", "duplicate_groups", "erase_layers", "evaluate", "fit_sites", "fit_temperature", "learning_curve",
-    "load_probe", "mcnemar", "online_codelength", "outer_folds", "permutation_test", "probe_use", "save_probe",
-    "score_table", "selectivity", "stream_probes", "sweep", "train_adapter", "transfer_matrix", "wilson",
+    "PSRPAdapter", "PermutationTest", "ProbeSweep", "ProbeUse", "RegressionEvaluation", "RidgeProbe",
+    "RidgeRegression", "Selectivity", "TokenSets", "TransferMatrix", "ablate_direction", "apply_temperature",
+    "bootstrap_ci", "calibration", "closed_forms", "control_task", "duplicate_groups", "erase_layers", "evaluate",
+    "fit_sites", "fit_temperature", "learning_curve", "load_probe", "mcnemar", "online_codelength", "outer_folds",
+    "permutation_test", "probe_use", "save_probe", "score_table", "selectivity", "stream_probes", "sweep",
+    "train_adapter", "transfer_matrix", "wilson",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_names(__name__, _HOME)

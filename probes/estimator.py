@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, TransformerMixin, is_regressor
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d, validate_data
@@ -22,8 +22,9 @@ from interp.probes.tokens import FirstTokenWarning, Pool, TokenSets, as_token_se
 SkipFirst = bool | Literal["auto"]
 POOLS_OVER_TOKENS = ("mean", "max")
 
-__all__ = ["BaseEstimator", "ConvergenceWarning", "Probe", "TokenInputs", "TokenProbe", "TransformerMixin",
-           "VectorProbe", "check_is_fitted"]  # fmt: skip
+__all__ = ["BaseEstimator", "ConvergenceWarning", "Probe", "RegressorMixin", "TokenInputs", "TokenProbe",
+           "TransformerMixin", "VectorProbe", "check_is_fitted",
+           "column_or_1d", "is_regressor"]  # fmt: skip
 
 
 class Probe(ClassifierMixin, BaseEstimator):

@@ -10,8 +10,10 @@ from jaxtyping import Float, Int64
 from interp.hooks.errors import ArgumentError
 from interp.hooks.table import Rows, Table
 from interp.probes.controls import Selectivity, control_labels, held_out_score
+from interp.probes.estimator import is_regressor
 from interp.probes.fitting import as_numbers, count, fit, probabilities, take
 from interp.probes.intervals import DRAWS, Interval, cluster_members
+from interp.probes.regression import RegressionEvaluation, evaluate_values
 from interp.probes.scores import Calibration, calibration, log_losses, score_table
 from interp.probes.splits import OnMissing, Split, duplicate_groups, outer_folds
 
@@ -92,14 +94,15 @@ def evaluate(
     probe: Any, X: Any, y: Any, *, groups: Any = None, texts: Sequence[str] | None = None, types: Any = None,
     folds: Any = 5, seeds: Sequence[int] = (0,), controls: int = 3, level: float = 0.95,
     on_missing_class: OnMissing = "raise", untrained: Any = None,
-) -> Evaluation:  # fmt: skip
+) -> Evaluation | RegressionEvaluation:  # fmt: skip
     """Score a probe by cross-validation that leaks nothing, with its baselines and controls.
 
     What a probe chooses (C, epochs) it chooses inside each training part, with the groups. That a label can be read
     from activations does not show that the model uses it: see `probe_use`.
 
     Args:
-        probe: Any classifier with fit and predict_proba, decision_function or predict.
+        probe: Any classifier with fit and predict_proba, decision_function or predict. Of a regressor
+            (`RidgeRegression`) y are numbers, and the score is R².
         X: Features: arrays, tensors, `TokenSets`.
         y: Labels.
         groups: [n]: document, speaker, template, word. A group is never on both sides. Tokens of one text must share
@@ -111,8 +114,8 @@ def evaluate(
         controls: Control runs; 0 leaves them out, which the table then says.
         level: Coverage of the intervals.
         on_missing_class: What happens to a fold that lacks a class: ``raise``, or ``warn`` and leave it out.
-        untrained: Features of the same examples in an untrained copy of the model (`interp.causal.untrained`): what a probe
-            reaches there is due to words, positions and architecture, not to what was learnt.
+        untrained: Features of the same examples in an untrained copy of the model (`interp.causal.untrained`): what a
+            probe reaches there is due to words, positions and architecture, not to what was learnt.
 
     Raises:
         ArgumentError: If lengths differ, there are no seeds, or a split is not possible.
@@ -124,11 +127,13 @@ def evaluate(
         >>> evaluate(MassMeanProbe(), x, y).scores["accuracy"] > 0.8
         True
     """
-    numbers, classes = as_numbers(y, X)
     if not len(seeds) or controls < 0:
         raise ArgumentError(f"seeds={list(seeds)}, controls={controls}", "at least one seed, and no negative number")
-    if untrained is not None and count(untrained) != len(numbers):
-        raise ArgumentError(f"untrained features of {count(untrained)} examples", f"{len(numbers)}, as in X")
+    if untrained is not None and count(untrained) != count(X):
+        raise ArgumentError(f"untrained features of {count(untrained)} examples", f"{count(X)}, as in X")
+    if is_regressor(probe):
+        return evaluate_values(probe, X, y, groups, texts, types, folds, seeds, controls, level, untrained)
+    numbers, classes = as_numbers(y, X)
     grouping = None if texts is None else duplicate_groups(texts, groups)
     joined = groups if grouping is None else grouping.groups
     runs = []

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Num
 from torch import Tensor
 
 from interp.hooks.errors import ArgumentError
@@ -48,7 +48,7 @@ def as_numbers(y: Any, X: Any) -> tuple[Int64[np.ndarray, "n"], np.ndarray]:
     return numbers.astype(np.int64), classes
 
 
-def fit(probe: Any, X: Any, y: Int64[np.ndarray, "n"], groups: Any = None, seed: int | None = None) -> Any:
+def fit(probe: Any, X: Any, y: Num[np.ndarray, "n"], groups: Any = None, seed: int | None = None) -> Any:
     """A fitted clone; groups reach its own inner splits, the seed its ``random_state``.
 
     A fit that did not converge says so in ``converged_``, not in a warning for each fold.

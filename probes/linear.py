@@ -23,6 +23,7 @@ from interp.probes.estimator import (
     check_lengths,
 )
 from interp.probes.inner_folds import inner_folds
+from interp.probes.ridge import fit_ridge
 from interp.probes.site_fits import fit_sites, moments_of
 from interp.probes.tokens import Pool
 
@@ -211,45 +212,28 @@ class RidgeProbe(LinearProbe):
         Raises:
             ArgumentError: If alpha is neither a positive number nor "loo", or the input is malformed.
         """
-        number = not isinstance(self.alpha, (str, bool)) and self.alpha > 0
-        if not number and self.alpha != "loo":
-            raise ArgumentError(f"alpha={self.alpha!r}", "a positive number or 'loo'")
+        candidates = ridge_candidates(self.alpha, self.grid)
         vectors, labels, weights = self._fit_inputs(X, y, mask, sample_weight)
         groups = _kept(groups, sample_weight, len(vectors))
-        members = None if groups is None else _group_rows(groups, len(vectors))
-        mean, std = moments_of(vectors, weights)
-        std = std if self.standardize else torch.ones_like(std)
-        z, targets = (vectors - mean) / std, 2.0 * torch.nn.functional.one_hot(labels).double() - 1
+        members = None if groups is None else group_rows(groups, len(vectors))
+        targets = 2.0 * torch.nn.functional.one_hot(labels).double() - 1
         targets = targets[:, 1:] if len(self.classes_) == 2 else targets
-        centre = (weights @ targets) / weights.sum()
-        root = weights.sqrt()[:, None]
-        left, sizes, right = torch.linalg.svd(root * z, full_matrices=False)
-        along = left.T @ (root * (targets - centre))
-        candidates = [float(self.alpha)] if number else list(self.grid)
-        errors = [self._left_out(a, left, sizes, along, targets - centre, root, members) for a in candidates]
-        self.loo_error_ = np.array(errors)
-        self.alpha_ = candidates[int(np.argmin(errors))]
-        coef = right.T @ ((sizes / (sizes**2 + self.alpha_))[:, None] * along)
-        self._set_raw(coef.T, centre, mean, std)
+        found = fit_ridge(vectors, targets, weights, candidates, self.standardize, members)
+        self.loo_error_, self.alpha_ = np.array(found.errors), found.alpha
+        self._set_raw(found.coef, found.centre, found.mean, found.std)
         return self
 
-    @staticmethod
-    def _left_out(
-        alpha: float, left: Tensor, sizes: Tensor, along: Tensor, targets: Tensor, root: Tensor, members: Any
-    ) -> float:
-        shrink = sizes**2 / (sizes**2 + alpha)
-        fitted = (left @ (shrink[:, None] * along)) / root
-        if members is None:
-            leverage = (left**2 @ shrink) / root[:, 0] ** 2 + 1 / (root**2).sum()
-            error = (targets - fitted) / (1 - leverage).clamp(min=1e-12)[:, None]
-        else:
-            error = torch.empty_like(targets)
-            for rows in members:
-                part, weight = left[rows], root[rows]
-                hat = (part * shrink) @ part.T + weight @ weight.T / (root**2).sum()
-                rest = torch.eye(len(rows), dtype=hat.dtype, device=hat.device) - hat
-                error[rows] = torch.linalg.solve(rest, weight * (targets - fitted)[rows]) / weight
-        return float((root**2 * error**2).mean(1).sum() / (root**2).sum())
+
+def ridge_candidates(alpha: Any, grid: Any) -> list[float]:
+    """Penalties to choose from.
+
+    Raises:
+        ArgumentError: If alpha is neither a positive number nor "loo".
+    """
+    number = not isinstance(alpha, (str, bool)) and alpha > 0
+    if not number and alpha != "loo":
+        raise ArgumentError(f"alpha={alpha!r}", "a positive number or 'loo'")
+    return [float(alpha)] if number else list(grid)
 
 
 class MassMeanProbe(LinearProbe):
@@ -344,7 +328,7 @@ def _variance_in_span(residuals: Tensor, means: Tensor, weights: Tensor) -> Tens
     return variance if bool(variance > 0) else torch.ones_like(variance)
 
 
-def _group_rows(groups: Any, n: int) -> list[Tensor]:
+def group_rows(groups: Any, n: int) -> list[Tensor]:
     """Rows of each group.
 
     Raises:

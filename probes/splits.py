@@ -136,6 +136,38 @@ def outer_folds(
     return found
 
 
+def value_folds(y: Any, groups: Any = None, folds: Any = 5, seed: int = 0) -> list[Split]:
+    """Training and test indices of each fold where y holds numbers: shuffled, and with groups never cut.
+
+    Args:
+        y: [n].
+        groups: [n] or None.
+        folds: A number, or a splitter of scikit-learn; one that cuts groups is refused.
+        seed: Of the shuffle.
+
+    Raises:
+        ArgumentError: If there are fewer examples or groups than folds, or groups are cut.
+    """
+    from sklearn.model_selection import GroupKFold, KFold
+
+    if isinstance(folds, bool) or (isinstance(folds, int) and folds < 2):
+        raise ArgumentError(f"folds={folds!r}", "at least 2, or a splitter")
+    check_lengths(len(y), groups=groups)
+    names = None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
+    splitter = folds
+    if isinstance(folds, int):
+        parts = len(y) if names is None else int(names.max()) + 1
+        if parts < folds:
+            unit = "examples" if names is None else "groups"
+            raise ArgumentError(f"{parts} {unit} for {folds} folds", f"as many {unit} as folds", "fewer folds")
+        splitter = (KFold if names is None else GroupKFold)(folds, shuffle=True, random_state=seed)
+    found = []
+    for train, test in splitter.split(np.zeros((len(y), 1)), y, names):
+        _check_uncut(train, test, names, type(splitter).__name__)
+        found.append((np.asarray(train), np.asarray(test)))
+    return found
+
+
 def _check_uncut(train: np.ndarray, test: np.ndarray, groups: np.ndarray | None, name: str) -> None:
     cut = [] if groups is None else sorted(set(groups[train].tolist()) & set(groups[test].tolist()))
     if cut:

@@ -12,6 +12,7 @@ import numpy as np
 from interp.hooks.errors import ArgumentError
 from interp.hooks.table import Rows, Table
 from interp.probes.controls import control_labels
+from interp.probes.estimator import is_regressor
 from interp.probes.fitting import as_numbers, count, fit, probabilities, take
 from interp.probes.scores import balanced_accuracy, log_losses, score_table
 from interp.probes.splits import Split, duplicate_groups, outer_folds
@@ -232,11 +233,13 @@ def _named(probes: Any) -> dict[str, Any]:
         if len(named) != len(probes):
             raise ArgumentError("two probes of one class", "a mapping from names to probes")
     needed = ("fit", "predict", "get_params")
-    wrong = [n for n, p in named.items() if isinstance(p, type) or not all(hasattr(p, name) for name in needed)]
+    unfit = lambda p: isinstance(p, type) or not all(hasattr(p, name) for name in needed) or is_regressor(p)
+    wrong = [n for n, p in named.items() if unfit(p)]
     if wrong or not named:
         raise ArgumentError(
             f"{', '.join(wrong) or 'no probes'}", "classifiers with fit, predict and get_params",
-            "an adapter changes the model, and says nothing about its frozen activations",
+            "evaluate() takes regressors, site by site; an adapter changes the model, and says nothing about its "
+            "frozen activations",
         )  # fmt: skip
     return named
 

@@ -100,8 +100,8 @@ class ActivationStore:
             on_empty: What happens to texts without a token, or with none but special ones that are left out:
                 ``raise``, or ``drop`` them with their labels and groups, and with them those of one token of which
                 means leave out the first. `source` says which are left.
-            untrained: A seed: the same is extracted of an untrained copy of the model too, into the folder ``untrained``.
-                Sweeps then show what each probe reaches there.
+            untrained: A seed: the same is extracted of an untrained copy of the model too, into the folder
+                ``untrained``. Sweeps then show what each probe reaches there.
             batch_size: Most examples in one forward call.
             batch_tokens: Most tokens in one forward call, padding included.
             shard: Bytes after which a chunk ends; what a kill can cost.
