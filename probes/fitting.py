@@ -25,6 +25,24 @@ def count(X: Any) -> int:
     return len(X)
 
 
+def check_finite(X: Any, site: str) -> None:
+    """Refuse NaN and infinity, naming the site. Padded sets and lists are checked by the probes, which have the mask.
+
+    Raises:
+        ArgumentError: With the first bad example and the number of them.
+    """
+    values = X.values if isinstance(X, TokenSets) else X
+    if isinstance(values, (list, tuple)) or getattr(values, "ndim", 0) != 2:
+        return
+    array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    if array.dtype.kind != "f" or np.isfinite(array).all():
+        return
+    bad = np.flatnonzero(~np.isfinite(array).all(1))
+    place = int(np.searchsorted(X.offsets.cpu(), bad[0], side="right")) - 1 if isinstance(X, TokenSets) else int(bad[0])
+    raise ArgumentError(f"NaN or infinity in {len(bad)} rows of {site}, first at example {place}", "finite features",
+                        "extract them in float32, or leave the examples out")  # fmt: skip
+
+
 def take(X: Any, index: np.ndarray) -> Any:
     """The examples at these places."""
     if isinstance(X, TokenSets):

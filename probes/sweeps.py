@@ -13,7 +13,7 @@ from interp.hooks.errors import ArgumentError
 from interp.hooks.table import Rows, Table
 from interp.probes.controls import control_labels
 from interp.probes.estimator import is_regressor
-from interp.probes.fitting import as_numbers, count, fit, probabilities, take
+from interp.probes.fitting import as_numbers, check_finite, count, fit, probabilities, take
 from interp.probes.scores import balanced_accuracy, log_losses, score_table
 from interp.probes.splits import Split, duplicate_groups, outer_folds
 from interp.probes.sweep_files import KeptRows, content_hash, hash_of
@@ -297,8 +297,9 @@ def _computed(data, todo: list[_Job], task: _Task, jobs: int) -> Iterator[tuple[
 
 def _pair(data: Source, job: _Job, task: _Task) -> tuple[Any, Any]:
     """Features of the model, and of its untrained copy if there is one."""
-    other = None if task.untrained is None else _features(task.untrained, job.site, job.pool)
-    return _features(data, job.site, job.pool), other
+    own = _features(data, job.site, job.pool)
+    check_finite(own, job.site)
+    return own, None if task.untrained is None else _features(task.untrained, job.site, job.pool)
 
 
 def _job_rows(X: Any, untrained: Any, job: _Job, task: _Task) -> list[dict[str, Any]]:

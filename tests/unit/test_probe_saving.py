@@ -130,3 +130,19 @@ def test_a_probe_that_is_not_fitted_is_not_written(tmp_path):
     with pytest.raises(ProbeFileError, match="0 fitted attributes"):
         save_probe(probes.LogisticProbe(), tmp_path / "p")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_a_header_and_numbers_and_nothing_is_unpickled(file, monkeypatch):
+    import pickle
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, None)
+    assert load_probe(file).classes_ is not None
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    arrays = sum(
+        entry["data_offsets"][1] - entry["data_offsets"][0] for k, entry in header.items() if k != "__metadata__"
+    )
+    assert len(content) == 8 + size + arrays
+    assert {entry["dtype"] for k, entry in header.items() if k != "__metadata__"} <= {"F64", "F32", "I64", "BOOL"}
