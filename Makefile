@@ -9,10 +9,10 @@ CONSTRAINTS = $(shell nvidia-smi -L 2>/dev/null | grep -q GPU || echo -c constra
 CHROMIUM := chromium chromium-browser google-chrome google-chrome-stable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fast lint types format hooks bench models browser
+.PHONY: help demo test fast lint types format hooks bench docs notebooks models browser
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED) ## fetch two small models and show what interp does with them
 	$(BIN)/interp fetch smollm2-135m efficientnet-lite0
@@ -23,6 +23,12 @@ test: lint types models browser ## all checks and all tests
 
 fast: $(INSTALLED) ## tests that take seconds
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not browser"
+
+docs: $(INSTALLED) ## pages and reference as HTML in docs/_build
+	$(BIN)/python -m sphinx -W --keep-going -q -j $(JOBS) -b html docs docs/_build
+
+notebooks: $(INSTALLED) ## tutorials as notebooks in tutorials/notebooks
+	$(BIN)/python -m tests.notebooks tutorials/notebooks
 
 bench: $(INSTALLED) ## benchmarks (tests/benchmarks/bench_*.py)
 	$(BIN)/python -m pytest tests/benchmarks -o python_files="bench_*.py" -s

@@ -211,7 +211,7 @@ class Tape(TorchFunctionMode):
             or entry.path != call.path
         ):
             expected = (
-                f"{self.entries[self._next].op} in {self.entries[self._next].path}"
+                f"{self.entries[self._next].op} in {self.entries[self._next].path or 'the model'}"
                 if self._next < len(self.entries)
                 else "no further call"
             )
@@ -363,7 +363,7 @@ class Tape(TorchFunctionMode):
         if self.replaying and self._next != len(self.entries):
             entry = self.entries[self._next]
             raise ControlFlowDivergedError(
-                f"a replay that ended before {entry.op} in {entry.path}",
+                f"a replay that ended before {entry.op} in {entry.path or 'the model'}",
                 "the calls of the reference",
                 "the network's control flow depends on its input",
             )
