@@ -15,7 +15,9 @@ def notebook(script: str, name: str) -> NotebookNode:
     before, *cells = ("\n" + script).split(f"\n{_CELL}")
     if before.strip():
         raise ValueError(f"{name}: text in front of the first cell")
-    made = v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+    made = v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    )
     for number, cell in enumerate(cells):
         mark, _, text = cell.partition("\n")
         if mark.strip() not in ("", "[markdown]"):

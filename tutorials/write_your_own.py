@@ -62,8 +62,8 @@ assert attribution.completeness_error < 1e-5
 
 site = "blocks.20.hook_resid_post"
 direction = language.capture(prompt, site, positions="last")[site][0, 0]
-stream = interp.Observable.from_residual(direction / direction.norm(), site, name="length along the prompt's own state")
-print(stream, interp.propagate(language, stream, prompt, site="blocks.10.hook_resid_post").vector.shape)
+stream = interp.Observable.from_residual(direction / direction.norm(), site=site, name="along this prompt's state")
+print(stream, interp.propagate(language, stream, prompt, site="blocks.10.hook_resid_pre@1").vector.shape)
 
 # %% [markdown]
 # ## A probe
