@@ -1,15 +1,17 @@
 """Activations: what a capture gives back."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 
 from interp.hooks.errors import SiteError
 from interp.hooks.inputs import Batch
 from interp.hooks.site import Site, SiteLike
+from interp.hooks.table import Rows
 
 
-class Activations(Mapping[str, Tensor]):
+class Activations(Rows, Mapping[str, Tensor]):
     """Tensors by site (text or Site), each with the site's axes, batch first.
 
     Without ``positions`` the position axis is the padded one; ``mask`` says which entries are real tokens. With
@@ -92,6 +94,13 @@ class Activations(Mapping[str, Tensor]):
                 "all positions of a site with axes (batch, pos, ...)",
             )
         return value[self.mask.to(value.device)]
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """One row for each site: its axes, shape and dtype; the values are read by the site's name."""
+        return [
+            {"site": key, "axes": " ".join(self.axes[key]), "shape": list(value.shape), "dtype": str(value.dtype)[6:]}
+            for key, value in self._values.items()
+        ]
 
     def __repr__(self) -> str:
         rows = [

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.hooks.notebook import coloured_tokens
 from interp.hooks.stability import Stability
 from interp.hooks.table import Rows, Table
 from interp.hooks.windows import Window, WindowLike
@@ -89,6 +90,10 @@ class Votes(Rows):
             name = {"token": self.labels[i]} if self.labels else {}
             rows.append({"index": index[0] if len(index) == 1 else index, **name, "vote": float(flat[i])})
         return Table(rows, f"votes for {self.target} ({self.caption})")
+
+    def _repr_html_(self) -> str:
+        tokens = self.labels if self.map.ndim == 1 else None
+        return (coloured_tokens(tokens, self.map, repr(self)) if tokens else "") + self.top(12)._repr_html_()
 
     def inside(self, window: WindowLike) -> float:
         """Return the sum of the map's votes within a window: a mask of its shape, or a box of slices.

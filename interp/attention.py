@@ -10,6 +10,7 @@ from torch import Tensor
 from interp.hooks.errors import ArgumentError
 from interp.hooks.interventions import PlanLike
 from interp.hooks.model import Model
+from interp.hooks.notebook import small_maps
 from interp.hooks.table import Rows, Table
 
 
@@ -76,7 +77,8 @@ class AttentionPatterns(Rows):
         return Table(rows, f"layer {self.layer}, from {self.tokens[at]!r} (position {at})")
 
     def _repr_html_(self) -> str:
-        return self.top()._repr_html_()
+        names = [f"L{self.layer}H{head}" for head in range(len(self.pattern))]
+        return small_maps(self.pattern, names) + self.top()._repr_html_()
 
 
 @torch.no_grad()

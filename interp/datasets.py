@@ -14,6 +14,7 @@ from torch import Tensor
 
 from interp.hooks.errors import ArgumentError, NotCachedError
 from interp.hooks.registries import PackagedFile, PackageSource, fetch_source
+from interp.hooks.table import Rows
 
 _RATINGS = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 _VADER = PackageSource(
@@ -77,7 +78,7 @@ _FIRST_NOUN_FILE = 3  # lexicographer file 03 is noun.Tops
 
 
 @dataclass(frozen=True)
-class LabelledTexts:
+class LabelledTexts(Rows):
     """Texts with labels.
 
     Attributes:
@@ -100,6 +101,12 @@ class LabelledTexts:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """One row for each text, with its label and what else is known of it."""
+        columns = {"text": self.texts, "label": self.labels, "group": self.groups, "rating": self.ratings}
+        known = {name: column for name, column in columns.items() if column is not None}
+        return [dict(zip(known, row, strict=True)) for row in zip(*known.values(), strict=True)]
 
     def take(self, rows: Sequence[int]) -> "LabelledTexts":
         """These examples, in this order."""

@@ -4,6 +4,8 @@
 # Any `nn.Module` can be attached. It stays as it is: `model.module` is the object that was given.
 
 # %%
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -66,11 +68,11 @@ class Language(nn.Module):
 
 
 module = Language().eval()
-layout = dict(
+layout = interp.Layout(
     name="mine", embed="words", blocks="stack", attn="mix", o="mix.wo", q="mix.wq", k="mix.wk", v="mix.wv", n_heads=4,
     mlp_pre="up", mlp_down="down", ln1="n1", ln2="n2", final_norm="last", unembed="out",
 )  # fmt: skip
-mine = interp.attach(module, layout=interp.Layout(**layout))
+mine = interp.attach(module, layout=layout)
 print(mine.sites("blocks.0.*"))
 
 # %% [markdown]
@@ -79,7 +81,7 @@ print(mine.sites("blocks.0.*"))
 
 # %%
 try:
-    interp.attach(Language().eval(), layout=interp.Layout(**layout | {"q": "mix.wk", "k": "mix.wq"}))
+    interp.attach(Language().eval(), layout=replace(layout, q="mix.wk", k="mix.wq"))
 except interp.InterpError as error:
     print(type(error).__name__, error)
 else:

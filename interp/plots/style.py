@@ -2,10 +2,11 @@
 
 import math
 import textwrap
-import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from interp.hooks.notebook import visible as visible
 
 FONT = "Inter, 'Helvetica Neue', Helvetica, Arial, 'Noto Sans', sans-serif"
 INK, MUTED, LINE = "#1d2530", "#667180", "#dfe3e8"
@@ -16,34 +17,6 @@ HINT = "click to mark, shift-click to add, click beside to clear"
 # Axes show what stands behind the number by which their entries are ordered: see `ordered`.
 LABEL = "slice(datum.label, 5)"
 _NOTE_WIDTH = 72
-_ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\"}
-
-
-def visible(token: str, width: int | None = None) -> str:
-    r"""Return a token's text as one legible line: outer spaces as ␣, line ends and control characters as escapes.
-
-    Args:
-        token: The token's text.
-        width: Cut to this many characters, the last then an ellipsis.
-
-    Example:
-        >>> visible(" Mary"), visible("\n\n"), visible("")
-        ('␣Mary', '\\n\\n', '∅')
-    """
-    inner = token.strip(" ")
-    left = len(token) - len(token.lstrip(" ")) if inner else len(token)
-    right = len(token) - len(token.rstrip(" ")) if inner else 0
-    text = "␣" * left + "".join(map(_character, inner)) + "␣" * right or "∅"
-    return text if width is None or len(text) <= width else text[: max(width - 1, 1)] + "…"
-
-
-def _character(c: str) -> str:
-    """One character, escaped where it would not be seen or would reorder others (controls, marks of direction)."""
-    if c in _ESCAPES:
-        return _ESCAPES[c]
-    if c != " " and unicodedata.category(c)[0] in "CZ":
-        return f"\\u{ord(c):04x}"
-    return c
 
 
 def ordered(index: int, name: str) -> str:

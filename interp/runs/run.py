@@ -15,6 +15,7 @@ from typing import Any
 
 from interp.hooks.errors import RunError
 from interp.hooks.model import Model
+from interp.hooks.table import Rows
 from interp.runs.lock import is_locked, locked
 from interp.runs.provenance import now, surroundings
 from interp.saving import load_result, save_result, write_atomically
@@ -36,7 +37,7 @@ def digest(spec: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical(spec).encode()).hexdigest()[:8]
 
 
-class Run:
+class Run(Rows):
     """One run's folder.
 
     Attributes:
@@ -359,6 +360,11 @@ class Run:
 
     def _write(self, name: str, data: Any) -> None:
         write_atomically(self.path / name, json.dumps(data, indent=1, ensure_ascii=False).encode())
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """One row for each result and each figure that is in the folder."""
+        found = {"result": self.names, "figure": self.figures}
+        return [{"name": name, "kind": kind} for kind, names in found.items() for name in names]
 
     def __repr__(self) -> str:
         return f"Run({self.path.name}, {self.state}, {len(self.names)} results)"

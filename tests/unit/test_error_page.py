@@ -12,7 +12,7 @@ from interp.hooks import errors
 PAGE = (Path(__file__).parents[2] / "docs" / "errors.md").read_text(encoding="utf-8")
 BEFORE, *REST = re.split(r"^### ", PAGE, flags=re.MULTILINE)
 SECTIONS = {text.split("\n", 1)[0]: text for text in REST}
-CLASSES = {name: kind for name, kind in inspect.getmembers(errors, inspect.isclass)}
+CLASSES = dict(inspect.getmembers(errors, inspect.isclass))
 ROOTS = {"InterpError", "CausalAbstractionError"}  # raised as their subclasses only
 
 
