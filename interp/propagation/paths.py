@@ -7,6 +7,7 @@ from typing import Literal, Union
 
 from interp.hooks.errors import ArgumentError, PositionError
 from interp.hooks.model import Model
+from interp.propagation.reference import no_stream
 
 PathLike = Union[str, "Path", Sequence["Step"]]
 
@@ -97,8 +98,10 @@ class Path:
         Raises:
             ArgumentError: If a layer or head does not exist, or a component cannot feed the next.
             PositionError: If a position lies outside the prompt, or behind the position that it feeds.
+            SiteUnavailableError: If the model has no layout.
         """
-        assert model.layout is not None
+        if model.layout is None:
+            raise no_stream(model)
         for step in self.steps:
             _exists(model, step)
         for early, late in zip(self.steps, self.steps[1:], strict=False):

@@ -24,16 +24,21 @@ _KEPT = 5  # projections of one layer: to values and gates, from z and neurons
 _ENDS = ("hook_embed", "hook_pos_embed", "ln_final.hook_scale", "ln_final.hook_normalized", "unembed.hook_out")
 
 
+def no_stream(model: Model) -> SiteUnavailableError:
+    """The error for a model in which nothing can be pulled back along the stream."""
+    return SiteUnavailableError(
+        f"pull-backs through {type(model.module).__name__} ({model.family})",
+        "a layout whose branches are added to one residual stream",
+        "LinearScope linearises any network",
+    )
+
+
 class Weights:
     """A model's weights in one convention, dtype and device; what is cast is made when used, the last few kept."""
 
     def __init__(self, model: Model, dtype: torch.dtype | None = None, post_ln: bool = False):
         if model.layout is None or (model.layout.post_ln and not post_ln) or model.bindings is None:
-            raise SiteUnavailableError(
-                f"pull-backs through {type(model.module).__name__} ({model.family})",
-                "a layout whose branches are added to one residual stream",
-                "LinearScope linearises any network",
-            )
+            raise no_stream(model)
         self.model, self.layout, self.bindings = model, model.layout, model.bindings
         self.dtype = dtype or (torch.float64 if model.dtype == torch.float64 else torch.float32)
         self.device = model.device

@@ -16,7 +16,7 @@ from interp.hooks.model import Model
 from interp.hooks.site import Site, SiteLike
 from interp.hooks.table import Rows, Table
 from interp.propagation.feature_vectors import FeatureVector
-from interp.propagation.reference import Reference
+from interp.propagation.reference import Reference, no_stream
 from interp.propagation.stages import MLP, pull_branch, pull_heads, pull_norm_at
 from interp.propagation.starts import Measured, Start, read_measured, start_of
 
@@ -225,7 +225,8 @@ _ENDS = ("hook_embed", "hook_pos_embed", "ln_final.hook_out")
 
 
 def _wanted(model: Model, sites: Sequence[SiteLike] | None) -> set[str]:
-    assert model.bindings is not None
+    if model.bindings is None:
+        raise no_stream(model)
     known = set(model.bindings.by_address)
     names = list(_ENDS)
     names += [f"blocks.{i}.{part}" for i in range(model.n_layers) for part in (*_SWEPT, *_INNER)]

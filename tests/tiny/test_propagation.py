@@ -617,8 +617,11 @@ def test_models_that_cannot_be_pulled_through_are_refused():
     with pytest.raises(SiteUnavailableError, match=r"pull-backs through Bert.*LinearScope"):
         interp.propagate(interp.attach(build("bert")), n, ids, path="L1H1@2")
     cnn = interp.attach(nn.Sequential(nn.Linear(3, 3)))
+    for prompt in (None, torch.ones(1, 3)):
+        with pytest.raises(SiteUnavailableError, match="pull-backs through Sequential"):
+            interp.propagate(cnn, n, prompt, path="L1H1")
     with pytest.raises(SiteUnavailableError, match="pull-backs through Sequential"):
-        interp.propagate(cnn, n, path="L1H1")
+        interp.propagate_all(cnn, n, torch.ones(1, 3))
 
 
 def test_weights_that_are_not_one_plain_matrix_are_refused():
