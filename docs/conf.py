@@ -1,6 +1,7 @@
 """Sphinx: the pages of this folder, which are Markdown, and a reference made from docstrings (make docs)."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -74,5 +75,6 @@ def from_elsewhere(app, what, name, obj, skip, options) -> bool | None:
 
 def setup(app) -> None:
     """Sphinx calls this."""
+    shutil.rmtree(Path(__file__).parent / "api", ignore_errors=True)  # a name that is gone would leave its page
     app.connect("autodoc-process-docstring", plain_text, priority=100)
     app.connect("autodoc-skip-member", from_elsewhere)
