@@ -58,7 +58,7 @@ def test_each_public_name_has_a_page_with_its_text(built):
 @pytest.mark.slow
 def test_shapes_are_readable_in_signatures(built):
     page = re.sub(r"<[^>]+>", "", (built / "api" / "interp.AttentionPatterns.html").read_text(encoding="utf-8"))
-    assert "pattern: Float[Tensor, &#39;head destination source&#39;]" in page
+    assert "pattern: Float[Tensor, 'head destination source']" in page
 
 
 @pytest.mark.slow
