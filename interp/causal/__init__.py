@@ -11,12 +11,14 @@ _HOME = {
     "interp.causal.equality": ["distributive_law", "hierarchical_equality"],
     "interp.causal.files": ["SavedAlignment", "load_alignment", "save_alignment"],
     "interp.causal.flexible_maps": ["BoundlessMap", "DictionaryMap", "RevNetMap", "build_map"],
+    "interp.causal.nearness": ["Injectivity", "Nearness", "injectivity"],
     "interp.causal.maps": [
         "AlignmentMap", "FixedMap", "IdentityMap", "InvertibleMap", "LowRankMap", "OrthogonalMap", "PCAMap",
     ],
     "interp.causal.models": ["CausalModel"],
     "interp.causal.names": ["indirect_object", "indirect_object_splits"],
     "interp.causal.networks": ["mlp", "train_mlps", "untrained"],
+    "interp.causal.neurons": ["NeuronSearch", "greedy_neurons"],
     "interp.causal.partition": ["Partition"],
     "interp.causal.report": ["AlignmentReport", "CausalAbstractionWarning", "Control"],
     "interp.causal.sampling": ["Task"],
@@ -42,7 +44,9 @@ if TYPE_CHECKING:
     )
     from interp.causal.models import CausalModel
     from interp.causal.names import indirect_object, indirect_object_splits
+    from interp.causal.nearness import Injectivity, Nearness, injectivity
     from interp.causal.networks import mlp, train_mlps, untrained
+    from interp.causal.neurons import NeuronSearch, greedy_neurons
     from interp.causal.partition import Partition
     from interp.causal.report import AlignmentReport, CausalAbstractionWarning, Control
     from interp.causal.sampling import Task
@@ -51,11 +55,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Alignment", "AlignmentMap", "AlignmentReport", "BoundlessMap", "CausalAbstractionWarning", "CausalModel",
-    "Control", "DictionaryMap", "Fit", "FixedMap", "IdentityMap", "InterchangeDataset", "InvertibleMap", "LowRankMap",
-    "OrthogonalMap", "PCAMap", "Partition", "Pool", "RevNetMap", "SavedAlignment", "Score", "Splits", "Task",
-    "Training", "build_map", "codelength", "distributive_law", "hierarchical_equality", "indirect_object",
-    "indirect_object_splits", "largest_singular_values", "load_alignment", "mlp", "nonlinearity", "off_distribution",
-    "save_alignment", "train_mlps", "untrained",
+    "Control", "DictionaryMap", "Fit", "FixedMap", "IdentityMap", "Injectivity", "InterchangeDataset", "InvertibleMap",
+    "LowRankMap", "Nearness", "NeuronSearch", "OrthogonalMap", "PCAMap", "Partition", "Pool", "RevNetMap",
+    "SavedAlignment", "Score", "Splits", "Task", "Training", "build_map", "codelength", "distributive_law",
+    "greedy_neurons", "hierarchical_equality", "indirect_object", "indirect_object_splits", "injectivity",
+    "largest_singular_values", "load_alignment", "mlp", "nonlinearity", "off_distribution", "save_alignment",
+    "train_mlps", "untrained",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_names(__name__, _HOME)

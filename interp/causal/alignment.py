@@ -15,6 +15,7 @@ from interp.causal.data import InterchangeDataset, Pool, Splits
 from interp.causal.lanes import Lane, Lanes
 from interp.causal.maps import AlignmentMap, stack
 from interp.causal.models import CausalModel
+from interp.causal.neurons import NeuronSearch
 from interp.causal.partition import Partition
 from interp.causal.report import AlignmentReport
 from interp.causal.scoring import score_lanes
@@ -66,6 +67,7 @@ class Alignment:
         self.lane = Lane(model, sites, tau, self.mask, cache=cache)
         self.training: Training | None = None
         self.result: Fit | None = None
+        self.search: NeuronSearch | None = None
         self._data: tuple[InterchangeDataset, InterchangeDataset] | None = None
         self._seed = 0
 
@@ -97,6 +99,11 @@ class Alignment:
         self.result = fit_lanes([self.lane], train, validation, training, seed=seed, progress=progress)[0]
         self.training, self._data, self._seed = training, (train, validation), seed
         return self.result
+
+    def searched(self, search: NeuronSearch, lane: Lane, evaluation: InterchangeDataset, training: Training) -> None:
+        """Note that the blocks were searched for on these pairs: control arms then search too."""
+        self.search, self.lane, self.training, self._data = search, lane, training, (evaluation, evaluation)
+        self.result = search.as_fit()
 
     def evaluate(
         self, tests: InterchangeDataset | Mapping[str, InterchangeDataset] | Splits, *,

@@ -12,6 +12,7 @@ from interp.causal.lanes import Lane, Lanes
 from interp.causal.maps import AlignmentMap, stack
 from interp.causal.models import CausalModel
 from interp.causal.networks import untrained
+from interp.causal.neurons import search_lane
 from interp.causal.partition import Partition
 from interp.causal.report import Control
 from interp.causal.scoring import Score, score_lanes
@@ -49,11 +50,16 @@ class Arms:
         networks = list(models) if models is not None else [untrained(self.lane.model, _SEED + s) for s in range(seeds)]
         if not networks:
             raise ArgumentError("no untrained networks", "at least one (three, to see their spread)")
+        if self.lane.tau.kind == "identity":
+            restarts = 1  # nothing of it is drawn
         lanes = [
-            Lane(network, self.lane.sites, self.fresh(r, network), self.lane.mask, cache=self.lane.cache)
+            Lane(
+                network, self.lane.sites, self.fresh(r, network), self.lane.mask, cache=self.lane.cache,
+                search=self.lane.search,
+            )
             for network in networks
             for r in range(restarts)
-        ]
+        ]  # fmt: skip
         for i in range(0, len(lanes), restarts):
             for lane in lanes[i + 1 : i + restarts]:
                 lane.stages = lanes[i].stages  # one network, read once
@@ -100,10 +106,12 @@ class Arms:
             )
         lane = self._like(self.fresh(0))
         fits: list[Fit] = []
-        if self.data is not None and lane.tau.num_parameters:
+        if self.data is not None and (lane.tau.num_parameters or lane.search):
             train, validation = (d.under(wrong) for d in self.data)
             for one, its in zip((train, validation), self.data, strict=True):
                 lane.stages[id(one.pool.inputs)] = self.lane.stage(its)
+            if lane.search:
+                search_lane(lane, validation, self.training.readout)
             fits = fit_lanes([lane], train, validation, self.training, seed=self.seed)
         score = score_lanes([lane], test, self.training.readout)[0]
         return Control("wrong_algorithm", [score.headline.estimate], [f.trained for f in fits] or [True], wrong.name)
@@ -129,14 +137,17 @@ class Arms:
         return build_map(tau.spec(), tau.width, seed=_SEED + seed, acts=acts, dtype=tau.dtype)
 
     def _like(self, tau: AlignmentMap, shuffle: int | None = None) -> Lane:
-        lane = Lane(self.lane.model, self.lane.sites, tau, self.lane.mask, shuffle, self.lane.cache)
+        lane = Lane(self.lane.model, self.lane.sites, tau, self.lane.mask, shuffle, self.lane.cache, self.lane.search)
         lane.stages = self.lane.stages
         return lane
 
     def _run(self, lanes: Sequence[Lane]) -> tuple[list[Fit], list[Score]]:
-        """Train lanes and score them; a map that is not trained is scored as it is."""
+        """Train lanes, or search their neurons, and score them; a map that is not trained is scored as it is."""
         fits: list[Fit] = []
         scores: list[Score] = []
+        for lane in lanes if self.data is not None else []:
+            if lane.search:
+                search_lane(lane, self.data[1], self.training.readout)
         for start in range(0, len(lanes), _TOGETHER):
             part = lanes[start : start + _TOGETHER]
             if self.data is not None:

@@ -33,6 +33,7 @@ class Lane:
         mask: Which coordinates of its code are whose [variables, code].
         shuffle: Seed by which labels of training and validation are permuted, or None.
         cache: Whether the lower network may be run once only.
+        search: Neurons of each variable up to which the mask is searched for before scoring, or None.
         stages: The cut network for each pool, by the pool's identity.
     """
 
@@ -42,6 +43,7 @@ class Lane:
     mask: Bool[Tensor, "variables code"]
     shuffle: int | None = None
     cache: bool = True
+    search: int | None = None
     stages: dict[int, Stage] = field(default_factory=dict, repr=False)
 
     def stage(self, data: InterchangeDataset) -> Stage:

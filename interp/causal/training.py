@@ -159,7 +159,12 @@ class _Watch:
     @property
     def left(self) -> Tensor:
         """Lanes whose loss has left the plateau of a constant guess."""
-        return self.best < (1 - _LEFT_CHANCE) * self.chance
+        return left_chance(self.best, self.chance)
+
+
+def left_chance(loss: Any, chance: Any) -> Any:
+    """Whether a loss has left the plateau of a constant guess."""
+    return loss < (1 - _LEFT_CHANCE) * chance
 
 
 def fit_lanes(
