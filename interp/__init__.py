@@ -32,7 +32,9 @@ _HOME = {
     "interp.attribution.contrast": ["contrast_attribution"],
     "interp.attribution.data": ["AttributionSummary", "attribute_dataset"],
     "interp.attribution.head_norms": ["HeadNorms", "head_norms"],
-    "interp.datasets": ["LabelledImages", "LabelledTexts", "labelled_images", "labelled_texts"],
+    "interp.datasets": [
+        "EntityTable", "LabelledImages", "LabelledTexts", "cities", "labelled_images", "labelled_texts",
+    ],
     "interp.dictionaries.dictionary": ["Dictionary"],
     "interp.lens.jacobian_lens": ["JacobianLens"],
     "interp.jacobians.attention_parts": ["AttentionParts", "attention_parts"],
@@ -83,7 +85,7 @@ if TYPE_CHECKING:
     from interp.attribution.data import AttributionSummary, attribute_dataset
     from interp.attribution.direct import Attribution, direct_attribution
     from interp.attribution.head_norms import HeadNorms, head_norms
-    from interp.datasets import LabelledImages, LabelledTexts, labelled_images, labelled_texts
+    from interp.datasets import EntityTable, LabelledImages, LabelledTexts, cities, labelled_images, labelled_texts
     from interp.dictionaries.dictionary import Dictionary
     from interp.hooks.activations import Activations
     from interp.hooks.attach import attach, load
@@ -163,14 +165,14 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationStore", "Activations", "Add", "AttentionParts", "AttentionPatterns", "AttentionScore", "Attribution",
     "AttributionSummary", "AverageGradient", "Boundary", "Cost", "CouplingFit", "Couplings", "Dictionary",
-    "DoseResponse", "Erase", "FallbackWarning", "FeatureJacobian", "FeatureJacobians", "FeatureVector", "Function",
-    "HeadNorms", "InterpError", "Intervention", "JacobianLens", "JacobianMap", "JacobianMean", "JacobianSummary",
-    "Jacobians", "LabelledImages", "LabelledTexts", "LayerSpectra", "Layout", "LinearMap", "LinearRelation",
-    "LinearScope", "Linearization", "LogitLens", "LowDataComparison", "Mean", "MeanPoint", "Model", "Observable",
-    "ObservableComparison", "ObservableSet", "Patch", "PatchGrid", "Path", "PathSearch", "Plan", "ProjectOut",
-    "Reference", "RelationScore", "RowSweep", "Run", "RunComparison", "Scale", "SequenceObservable", "Set", "Site",
-    "Step", "StoredJacobians", "Table", "Totals", "Unit", "Votes", "Zero", "attach", "attention_parts",
-    "attention_patterns", "attention_score", "attribute_dataset", "attribution_patching", "chart",
+    "DoseResponse", "EntityTable", "Erase", "FallbackWarning", "FeatureJacobian", "FeatureJacobians", "FeatureVector",
+    "Function", "HeadNorms", "InterpError", "Intervention", "JacobianLens", "JacobianMap", "JacobianMean",
+    "JacobianSummary", "Jacobians", "LabelledImages", "LabelledTexts", "LayerSpectra", "Layout", "LinearMap",
+    "LinearRelation", "LinearScope", "Linearization", "LogitLens", "LowDataComparison", "Mean", "MeanPoint", "Model",
+    "Observable", "ObservableComparison", "ObservableSet", "Patch", "PatchGrid", "Path", "PathSearch", "Plan",
+    "ProjectOut", "Reference", "RelationScore", "RowSweep", "Run", "RunComparison", "Scale", "SequenceObservable",
+    "Set", "Site", "Step", "StoredJacobians", "Table", "Totals", "Unit", "Votes", "Zero", "attach", "attention_parts",
+    "attention_patterns", "attention_score", "attribute_dataset", "attribution_patching", "chart", "cities",
     "compare_observables", "compare_runs", "contrast_attribution", "cosine", "cost", "coupling", "coupling_range",
     "couplings", "direct_attribution", "dose_response", "edge_attribution", "extend_path", "feature_jacobians",
     "find_paths", "head_norms", "jacobian", "labelled_images", "labelled_texts", "layer_spectra", "load", "load_plan",

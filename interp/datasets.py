@@ -2,7 +2,7 @@
 
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,8 @@ NOUN_CLASSES = (
     "person phenomenon plant possession process quantity relation shape state substance time"
 ).split()
 _FIRST_NOUN_FILE = 3  # lexicographer file 03 is noun.Tops
+_PLACES, _LAND = 15, (15, 17)  # noun.location; continents are there or in noun.object
+_CONTINENTS = ("Africa", "Asia", "Europe", "North_America", "South_America", "Australia", "Oceania")
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,116 @@ def noun_classes(classes: Sequence[str] = NOUN_CLASSES) -> LabelledTexts:
         "noun classes", [w for w, _ in rows], [k for _, k in rows], None, None, _WORDNET.licence,
         "WordNet, Princeton University",
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EntityTable:
+    """Entities with several attributes.
+
+    Attributes:
+        name: What the entities are.
+        entities: Their names.
+        attributes: For each attribute its value for every entity.
+        licence: Of the package.
+        source: Whose work it is.
+    """
+
+    name: str
+    entities: list[str] = field(repr=False)
+    attributes: dict[str, list[str]] = field(repr=False)
+    licence: str = ""
+    source: str = ""
+
+    def __len__(self) -> int:
+        return len(self.entities)
+
+    def take(self, rows: Sequence[int]) -> "EntityTable":
+        """These entities, in this order."""
+        picked = {name: [values[i] for i in rows] for name, values in self.attributes.items()}
+        return EntityTable(self.name, [self.entities[i] for i in rows], picked, self.licence, self.source)
+
+
+def cities() -> EntityTable:
+    """Cities of WordNet with their country and continent: what each is a part of, step by step.
+
+    Cities with one name in two countries are left out, and those whose country is a part of no continent.
+
+    Raises:
+        NotCachedError: If the package is not cached and cannot be fetched.
+
+    Example:
+        >>> table = cities()  # doctest: +SKIP
+        >>> table.entities[0], {k: v[0] for k, v in table.attributes.items()}  # doctest: +SKIP
+        ('Windhoek', {'country': 'Namibia', 'continent': 'Africa'})
+    """
+    synsets = {}
+    for line in (_fetched(_WORDNET) / _NOUNS).read_text(encoding="utf-8").splitlines():
+        if not line.startswith(" "):
+            synset = _synset(line)
+            synsets[synset.offset] = synset
+    places = {key: synset for key, synset in synsets.items() if synset.file == _PLACES}
+    named = lambda word: {key for key, synset in places.items() if word in synset.words}
+    countries, towns, continents = named("country"), named("city"), set()
+    for word in _CONTINENTS:
+        continents |= {key for key, synset in synsets.items() if word in synset.words and synset.file in _LAND}
+    found: dict[str, set[tuple[str, str]]] = {}
+    for city in places.values():
+        if not city.kinds or not _above(city, synsets) & towns:
+            continue
+        country = _whole(city, synsets, lambda x: bool(x.kinds and _above(x, synsets) & countries))
+        land = None if country is None else _whole(country, synsets, lambda x: x.offset in continents)
+        if country is not None and land is not None:
+            found.setdefault(city.name, set()).add((country.name, land.name))
+    rows = [(city, *next(iter(where))) for city, where in found.items() if len(where) == 1]
+    names, lands, parts = (list(column) for column in zip(*rows, strict=True))
+    source = "WordNet, Princeton University"
+    return EntityTable("cities", names, {"country": lands, "continent": parts}, _WORDNET.licence, source)
+
+
+@dataclass(frozen=True)
+class _Synset:
+    """One line of WordNet: its words, and the numbers of what it is a kind, an instance or a part of."""
+
+    offset: str
+    file: int
+    words: list[str]
+    kinds: list[str]
+    above: list[str]
+    wholes: list[str]
+
+    @property
+    def name(self) -> str:
+        return self.words[0].replace("_", " ")
+
+
+def _synset(line: str) -> _Synset:
+    offset, file, _, count, *rest = line.split(" | ")[0].split(" ")
+    words, rest = rest[: 2 * int(count, 16) : 2], rest[2 * int(count, 16) :]
+    pointers = list(zip(rest[1::4], rest[2::4], strict=False))[: int(rest[0])]
+    of = lambda *marks: [target for mark, target in pointers if mark in marks]
+    return _Synset(offset, int(file), words, of("@i"), of("@", "@i"), of("#p"))
+
+
+def _above(synset: _Synset, synsets: dict[str, _Synset]) -> set[str]:
+    """All that a synset is a kind or an instance of."""
+    seen: set[str] = set()
+    open_ones = list(synset.above)
+    while open_ones:
+        if (key := open_ones.pop()) not in seen:
+            seen.add(key)
+            open_ones += synsets[key].above
+    return seen
+
+
+def _whole(synset: _Synset, synsets: dict[str, _Synset], fits: Callable[[_Synset], bool]) -> _Synset | None:
+    """The nearest thing that a synset is a part of, or a part of a part, that fits."""
+    level, seen = list(synset.wholes), set()
+    while level:
+        if hit := next((synsets[key] for key in level if fits(synsets[key])), None):
+            return hit
+        seen |= set(level)
+        level = [key for one in level for key in synsets[one].wholes if key not in seen]
+    return None
 
 
 def _fetched(source: PackageSource) -> Path:

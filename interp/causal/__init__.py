@@ -7,6 +7,9 @@ from interp.hooks.lazy import lazy_names
 _HOME = {
     "interp.causal.alignment": ["Alignment"],
     "interp.causal.arithmetic": ["addition", "addition_splits"],
+    "interp.causal.attributes": [
+        "KnownEntities", "attribute_of", "attribute_splits", "entity_position", "known_entities",
+    ],
     "interp.causal.complexity": ["codelength", "largest_singular_values", "nonlinearity", "off_distribution"],
     "interp.causal.data": ["InterchangeDataset", "Pool", "Splits"],
     "interp.causal.equality": ["distributive_law", "hierarchical_equality"],
@@ -30,6 +33,13 @@ _HOME = {
 if TYPE_CHECKING:
     from interp.causal.alignment import Alignment
     from interp.causal.arithmetic import addition, addition_splits
+    from interp.causal.attributes import (
+        KnownEntities,
+        attribute_of,
+        attribute_splits,
+        entity_position,
+        known_entities,
+    )
     from interp.causal.complexity import codelength, largest_singular_values, nonlinearity, off_distribution
     from interp.causal.data import InterchangeDataset, Pool, Splits
     from interp.causal.equality import distributive_law, hierarchical_equality
@@ -58,11 +68,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Alignment", "AlignmentMap", "AlignmentReport", "BoundlessMap", "CausalAbstractionWarning", "CausalModel",
     "Control", "DictionaryMap", "Fit", "FixedMap", "IdentityMap", "Injectivity", "InterchangeDataset", "InvertibleMap",
-    "LowRankMap", "Nearness", "NeuronSearch", "OrthogonalMap", "PCAMap", "Partition", "Pool", "RevNetMap",
-    "SavedAlignment", "Score", "Splits", "Task", "Training", "addition", "addition_splits", "build_map", "codelength",
-    "distributive_law", "greedy_neurons", "hierarchical_equality", "indirect_object", "indirect_object_splits",
-    "injectivity", "largest_singular_values", "load_alignment", "mlp", "nonlinearity", "off_distribution",
-    "save_alignment", "train_mlps", "untrained",
+    "KnownEntities", "LowRankMap", "Nearness", "NeuronSearch", "OrthogonalMap", "PCAMap", "Partition", "Pool",
+    "RevNetMap", "SavedAlignment", "Score", "Splits", "Task", "Training", "addition", "addition_splits", "attribute_of",
+    "attribute_splits", "build_map", "codelength", "distributive_law", "entity_position", "greedy_neurons",
+    "hierarchical_equality", "indirect_object", "indirect_object_splits", "injectivity", "known_entities",
+    "largest_singular_values", "load_alignment", "mlp", "nonlinearity", "off_distribution", "save_alignment",
+    "train_mlps", "untrained",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_names(__name__, _HOME)

@@ -69,14 +69,14 @@ def indirect_object(
     for frame in frames:
         if missing := [slot for slot in ("{a}", "{b}", "{s}", "{item}") if slot not in frame]:
             raise ArgumentError(f"frame {frame!r} without {', '.join(missing)}", "the slots {a}, {b}, {s} and {item}")
-    first = torch.tensor([_first_token(model, name) for name in names])
+    first = torch.tensor([first_token(model, name) for name in names])
     if len(first.unique()) < 2:
         raise DegenerateDataError("names that all begin with one token", "two that begin with different tokens")
     algorithm = CausalModel(
         ["a", "b", "frame", "item", "order"], {"second": (["order"], torch.clone)}, (["second"], torch.clone),
         name="the second name is the indirect object",
     )  # fmt: skip
-    known = {name: _number(name) for name in (*names, *frames)}
+    known = {name: number_of(name) for name in (*names, *frames)}
     return Task(
         "indirect object", algorithm, partial(_draw, first=first, frames=len(frames), items=len(items)),
         partial(_write, names=names, frames=frames, items=items), flip=0.5,
@@ -156,15 +156,15 @@ def _write(inputs: Inputs, *, names: Sequence[str], frames: Sequence[str], items
     ]
 
 
-def _first_token(model: Model, name: str) -> int:
+def first_token(model: Model, name: str, after: str = "to") -> int:
     """The token with which a name goes on after a word, whatever the tokenizer does with spaces."""
     read = lambda text: model.tokenizer.encode(text, add_special_tokens=False)
-    before, whole = read("to"), read(f"to {name}")
+    before, whole = read(after), read(f"{after} {name}")
     if whole[: len(before)] != before or len(whole) == len(before):
         raise DegenerateDataError(f"name {name!r}, which the tokenizer joins to the word before", "another name")
     return int(whole[len(before)])
 
 
-def _number(text: str) -> int:
+def number_of(text: str) -> int:
     """A number for an entry that is the same in every list."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

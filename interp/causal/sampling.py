@@ -175,7 +175,16 @@ class Task:
             parts.append(_rows(drawn[v], rows))
             start += len(rows)
         inputs = {i: torch.cat([p[i] for p in parts]) for i in parts[0]}
+        if all(value.ndim == 1 and not value.is_floating_point() for value in inputs.values()):
+            return self._merged(inputs, n, sources)
         return self.pool(inputs), torch.arange(n), sources
+
+    def _merged(self, inputs: Inputs, n: int, sources: Tensor) -> tuple[Pool, Tensor, Tensor]:
+        """Inputs that are numbers of words or digits come again and again: each is in the pool once."""
+        columns = torch.stack([value.long() for value in inputs.values()], 1)
+        kept, place = columns.unique(dim=0, return_inverse=True)
+        unique = {name: kept[:, i].to(inputs[name].dtype) for i, name in enumerate(inputs)}
+        return self.pool(unique), place[:n], place[sources]
 
     def _numbers(self, pool: Pool, chosen: Tensor, coin: Tensor | None, generator: Generator) -> tuple[Tensor, Tensor]:
         """Numbers of bases and sources in a pool, drawn again until each coin is obeyed."""
