@@ -38,6 +38,20 @@ def test_words():
     assert set(datasets.noun_classes(["food", "plant"]).labels) == {"food", "plant"}
 
 
+def test_cities():
+    try:
+        table = interp.cities()
+    except NotCachedError as error:
+        missing(f"cities: {error}")
+    assert len(table) == 743
+    assert len(set(table.entities)) == 743
+    where = dict(zip(table.entities, zip(*table.attributes.values(), strict=True), strict=True))
+    assert where["Paris"] == ("France", "Europe")
+    assert where["Nairobi"] == ("Kenya", "Africa")
+    assert where["Buenos Aires"] == ("Argentina", "South America")
+    assert list(table.attributes) == ["country", "continent"]
+
+
 def test_digits():
     try:
         found = interp.labelled_images("digits")
