@@ -154,7 +154,7 @@ def attribute_splits(
         raise ArgumentError(f"one frame for {', '.join(few)}", "at least two, the last of which is for the test")
     order = torch.randperm(len(table), generator=Generator().manual_seed(seed)).tolist()
     one, two = 3 * len(table) // 5, 4 * len(table) // 5
-    first, last = ({k: texts[cut] for k, texts in frames.items()} for cut in (slice(None, -1), slice(-1, None)))
+    first, last = ({k: list(texts)[cut] for k, texts in frames.items()} for cut in (slice(None, -1), slice(-1, None)))
 
     def part(index: int, n: int, split: str, rows: list[int], known: Frames) -> InterchangeDataset:
         return attribute_of(model, table, attribute, known, rows=rows).sample(n, seed=10 * seed + index, split=split)
@@ -339,4 +339,4 @@ def _alike(source: Inputs, base: Inputs, codes: Tensor, target: int) -> Bool[Ten
 
 def _write(inputs: Inputs, *, table: EntityTable, frames: Frames, names: Sequence[str]) -> list[str]:
     rows = zip(*(inputs[k].tolist() for k in ("entity", "query", "frame")), strict=True)
-    return [frames[names[query]][frame].format(entity=table.entities[entity]) for entity, query, frame in rows]
+    return [str(frames[names[query]][frame]).format(entity=table.entities[entity]) for entity, query, frame in rows]

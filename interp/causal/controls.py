@@ -145,8 +145,8 @@ class Arms:
         """Train lanes, or search their neurons, and score them; a map that is not trained is scored as it is."""
         fits: list[Fit] = []
         scores: list[Score] = []
-        for lane in lanes if self.data is not None else []:
-            if lane.search:
+        if self.data is not None and self.lane.search:
+            for lane in lanes:
                 search_lane(lane, self.data[1], self.training.readout)
         for start in range(0, len(lanes), _TOGETHER):
             part = lanes[start : start + _TOGETHER]

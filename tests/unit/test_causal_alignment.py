@@ -190,12 +190,12 @@ def test_training_leaves_the_network_as_it_was(turned):
 
 def test_a_low_rank_map_gets_as_far_as_an_orthogonal_one():
     task = hierarchical_equality("left")
-    splits, turn = task.splits(600, 300, 300), random_orthogonal(4, torch.Generator().manual_seed(5)).float()
-    losses = []
-    for tau in (OrthogonalMap(4, seed=1), LowRankMap(4, 2, seed=1)):
+    turn = random_orthogonal(64, torch.Generator().manual_seed(5)).float()[:, :4]  # four units, in 64 coordinates
+    splits, losses = task.splits(600, 300, 300), []
+    for tau in (OrthogonalMap(64, seed=1), LowRankMap(64, 2, seed=1)):
         found = Alignment(interp.attach(written(turn)), task.causal_model, "found", tau, Partition({"v1": 2}))
-        losses.append(found.fit(splits, training=Training(steps=300, batch_size=128)).validation_loss)
-    assert losses[1] < losses[0] + 0.02
+        losses.append(found.fit(splits, training=Training(steps=100, batch_size=64)).validation_loss)
+    assert losses[1] < losses[0]
 
 
 def test_the_same_seed_gives_the_same_map(splits):
