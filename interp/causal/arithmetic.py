@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int64
@@ -129,12 +129,12 @@ def _algorithm(digits: int, base: int, algorithm: AdditionAlgorithm) -> CausalMo
     if algorithm == "carry":
         return CausalModel(inputs, {"carry": (below, whole)}, ([*first, "carry"], total), labels=base, name=name)
     if algorithm == "carry_and_column":
-        nodes = {"carry": (below, whole), "column": (first, torch.add)}
+        both = {"carry": (below, whole), "column": (first, torch.add)}
         output = (["column", "carry"], lambda column, carry: (column + carry.long()) % base)
-        return CausalModel(inputs, nodes, output, labels=base, name=name)
+        return CausalModel(inputs, both, output, labels=base, name=name)
     if algorithm != "carries":
         raise ArgumentError(f"algorithm={algorithm!r}", "'carry', 'carries' or 'carry_and_column'")
-    nodes = {"carry1": (["a0", "b0"], whole)}
+    nodes: dict[str, Any] = {"carry1": (["a0", "b0"], whole)}
     for place in range(1, top):
         step = lambda a, b, carry: a + b + carry.long() >= base
         nodes[f"carry{place + 1}"] = ([f"a{place}", f"b{place}", f"carry{place}"], step)

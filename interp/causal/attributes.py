@@ -339,4 +339,5 @@ def _alike(source: Inputs, base: Inputs, codes: Tensor, target: int) -> Bool[Ten
 
 def _write(inputs: Inputs, *, table: EntityTable, frames: Frames, names: Sequence[str]) -> list[str]:
     rows = zip(*(inputs[k].tolist() for k in ("entity", "query", "frame")), strict=True)
-    return [str(frames[names[query]][frame]).format(entity=table.entities[entity]) for entity, query, frame in rows]
+    texts = [(frames[names[int(query)]][int(frame)], table.entities[int(entity)]) for entity, query, frame in rows]
+    return [text.format(entity=entity) for text, entity in texts]

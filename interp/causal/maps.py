@@ -243,7 +243,7 @@ class LowRankMap(AlignmentMap):
     """z = h U with orthonormal columns U [width, rank]; the rest is h - z Uᵀ. No matrix [width, width] is made.
 
     U is the factor Q of a trained matrix. Columns of that matrix can have any length, and steps lengthen them, which
-    turns U less and less: it is trained at ten times the rate of other maps, at which it gets as far as `OrthogonalMap`.
+    turns U less and less: it is trained at ten times the rate of other maps, and then gets as far as `OrthogonalMap`.
 
     Args:
         width: Of the activations.

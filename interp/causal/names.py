@@ -58,7 +58,7 @@ def indirect_object(
         >>> import interp
         >>> task = indirect_object(interp.load("smollm2-135m"))
         >>> data = task.sample(4, seed=0)
-        >>> data.pool.inputs[0], data.pool.candidates.shape[1]
+        >>> data.pool.inputs[int(data.base[0])], data.pool.candidates.shape[1]
         ('At the party, Daniel and Rose sat down, and Daniel showed a ticket to', 2)
     """
     if model.tokenizer is None:
