@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from interp.causal.data import InterchangeDataset
 from interp.causal.maps import AlignmentMap
 from interp.causal.stages import SequentialStage, Stage, cut
-from interp.causal.swap import rows_needed, swap
+from interp.causal.swap import rows_needed, swap, swap_by_matrices
 from interp.hooks.errors import ShapeMismatchError, UnmatchedVariableError
 from interp.hooks.model import Model
 from interp.hooks.site import SiteLike
@@ -69,7 +69,7 @@ class Lanes:
 
     def __init__(self, lanes: Sequence[Lane], data: InterchangeDataset, readout: Readout = "candidates"):
         self.lanes, self.data, self.readout = list(lanes), data, readout
-        stages = [lane.stage(data) for lane in lanes]
+        stages = _read_once(lanes, data)
         distinct = list({id(s): s for s in stages}.values())
         for lane, stage in zip(lanes, stages, strict=True):
             if stage.width != lane.tau.width:
@@ -78,9 +78,12 @@ class Lanes:
         self.acts = torch.stack([s.acts.to(dtype) for s in distinct])
         places = [next(i for i, d in enumerate(distinct) if d is s) for s in stages]
         self.which = None if places == list(range(len(places))) else torch.tensor(places)
+        self.members = [[i for i, place in enumerate(places) if place == one] for one in range(len(distinct))]
         self.mask = torch.stack([lane.mask for lane in lanes])
         self.uppers = [_Upper(stages, members) for members in _alike(stages)]
-        self.labels = torch.stack([_labels(lane, data) for lane in lanes])
+        same = all(lane.shuffle is None for lane in lanes)
+        self.labels = torch.stack([_labels(lane, data) for lane in lanes[: 1 if same else None]])
+        self.needed = torch.cat([data.base[None], data.sources.where(data.chosen, data.base[:, None]).mT])
         self._answers_exist(stages[0])
 
     def __len__(self) -> int:
@@ -88,12 +91,20 @@ class Lanes:
 
     def logits(self, tau: AlignmentMap, rows: Int64[Tensor, "rows"]) -> Float[Tensor, "lanes rows labels"]:
         """Return the outputs after the interchange of some pairs, for every lane of a stack."""
-        data = self.data
-        base = data.base[rows]
-        needed, where = rows_needed(base, data.sources[rows], data.chosen[rows])
+        data, weights = self.data, tau.weights(self.mask)
+        if len(rows) >= tau.width and (found := tau.swap_matrices(weights.to(tau.dtype))) is not None:
+            return self.answers(self._moved(found, rows), rows)
+        needed, where = rows_needed(data.base[rows], data.sources[rows], data.chosen[rows])
         h = self.acts.index_select(1, needed)
         h = h.expand(len(self), -1, -1) if len(h) == 1 else h if self.which is None else h[self.which]
-        return self.answers(swap(tau, h, where, tau.weights(self.mask), len(rows)), rows)
+        return self.answers(swap(tau, h, where, weights, len(rows)), rows)
+
+    def _moved(self, matrices: Tensor, rows: Int64[Tensor, "rows"]) -> Tensor:
+        """The same by matrices, place by place: fewer and smaller steps, where there are more rows than coordinates."""
+        needed = self.needed.index_select(1, rows)
+        h = self.acts.index_select(1, needed.flatten()).unflatten(1, needed.shape)
+        own = _by_place(matrices, self.members)
+        return _in_order([swap_by_matrices(one, m) for one, m in zip(h, own, strict=True)], self.members)
 
     def answers(self, h: Float[Tensor, "lanes rows width"], rows: Int64[Tensor, "rows"]) -> Tensor:
         """Return the outputs with h at the sites in the runs of the pairs' bases."""
@@ -101,13 +112,14 @@ class Lanes:
         wanted = None if wanted is None else wanted[rows]
         if len(self.uppers) == 1:
             return self.uppers[0](h, self.data.base[rows], wanted)
-        parts = [(u.members, u(h[u.members], self.data.base[rows], wanted)) for u in self.uppers]
-        order = torch.cat([members for members, _ in parts]).argsort()
-        return torch.cat([part for _, part in parts])[order]
+        members = [u.members for u in self.uppers]
+        parts = zip(self.uppers, _by_place(h, members), strict=True)
+        found = [upper(part, self.data.base[rows], wanted) for upper, part in parts]
+        return _in_order(found, members)
 
     def targets(self, rows: Int64[Tensor, "rows"]) -> Int64[Tensor, "lanes rows"]:
         """Return the labels of some pairs, as columns of the output."""
-        labels = self.labels[:, rows]
+        labels = self.labels.index_select(1, rows).expand(len(self), -1)
         if self.readout == "candidates" or self.data.candidates is None:
             return labels
         return self.data.candidates[rows].expand(len(self), -1, -1).gather(2, labels[..., None])[..., 0]
@@ -131,7 +143,7 @@ class Lanes:
     def chance(self) -> Float[Tensor, "lanes"]:
         """Entropy of the labels, which the best constant guess reaches, for every lane, in nats."""
         shares = torch.stack([torch.bincount(row, minlength=2) for row in self.labels]).double() / len(self.data)
-        return -(shares * shares.clamp(min=1e-300).log()).sum(1)
+        return -(shares * shares.clamp(min=1e-300).log()).sum(1).expand(len(self))
 
     def _answers_exist(self, stage: Stage) -> None:
         if self.data.candidates is not None:
@@ -145,6 +157,8 @@ class Lanes:
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Float[Tensor, "lanes"]:
     """Mean over rows, for every lane."""
+    if logits.shape[-1] == 2:  # log(1 + exp(other - right)): one pass instead of a softmax over rows of two
+        return nn.functional.softplus((logits[..., 0] - logits[..., 1]) * (2 * targets - 1), threshold=40).mean(1)
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return losses.view(targets.shape).mean(1)
 
@@ -153,6 +167,32 @@ def _labels(lane: Lane, data: InterchangeDataset) -> Int64[Tensor, "n"]:
     if lane.shuffle is None or data.split not in ("train", "validation"):
         return data.labels
     return data.shuffled(lane.shuffle).labels
+
+
+def _read_once(lanes: Sequence[Lane], data: InterchangeDataset) -> list[Stage]:
+    """The stage of every lane; lanes at one place of one network share theirs."""
+    found: dict[tuple[int, str, bool], Stage] = {}
+    for lane in lanes:
+        place = (id(lane.model), str(lane.sites), lane.cache)
+        if place in found:
+            lane.stages.setdefault(id(data.pool.inputs), found[place])
+        found[place] = lane.stage(data)
+    return [lane.stage(data) for lane in lanes]
+
+
+def _by_place(x: Tensor, members: Sequence[list[int]]) -> Sequence[Tensor]:
+    """The lanes' rows, for each place those of its lanes."""
+    order = sum(members, [])
+    return x.split([len(m) for m in members]) if order == sorted(order) else [x[m] for m in members]
+
+
+def _in_order(parts: Sequence[Tensor], members: Sequence[list[int]]) -> Tensor:
+    """Parts that belong to these lanes, behind each other in the order of the lanes."""
+    if len(parts) == 1:
+        return parts[0]
+    order = sum(members, [])
+    joined = torch.cat(list(parts))
+    return joined if order == sorted(order) else joined[torch.tensor(order).argsort()]
 
 
 def _alike(stages: Sequence[Stage]) -> list[list[int]]:
@@ -169,7 +209,7 @@ class _Upper:
     """The networks behind the sites of some lanes, run at once."""
 
     def __init__(self, stages: Sequence[Stage], members: list[int]):
-        self.members, self.first = torch.tensor(members), stages[members[0]]
+        self.members, self.first = members, stages[members[0]]
         rests = [s.rest for i in members if isinstance(s := stages[i], SequentialStage)]
         self.stacked = None
         if len({id(stages[i]) for i in members}) > 1:

@@ -79,6 +79,13 @@ class AlignmentMap(nn.Module):
         """Return how much of each coordinate is swapped for each variable: the blocks themselves, unless learned."""
         return mask
 
+    def swap_matrices(self, weights: Float[Tensor, "*stack variables code"]) -> Tensor | None:
+        """Return W diag(weights_k) W⁻¹ for each variable, where z = h W; None where the map is no such matrix.
+
+        A swap is then h* = h_b + Σ_k (h_k - h_b) W diag(weights_k) W⁻¹, without a code.
+        """
+        return None
+
     def penalty(self) -> Tensor | None:
         """What is added to the loss, or None."""
         return None
@@ -229,6 +236,11 @@ class OrthogonalMap(AlignmentMap):
         """Z Wᵀ."""
         return z @ (self.parts() if parts is None else parts).mT
 
+    def swap_matrices(self, weights):
+        """W diag(weights_k) Wᵀ."""
+        w = self.parts()[..., None, :, :]
+        return (w * weights[..., None, :]) @ w.mT
+
     @property
     def num_parameters(self):
         """Values below the diagonal of L."""
@@ -316,6 +328,11 @@ class InvertibleMap(AlignmentMap):
     def decode(self, z, rest=None, parts=None):
         """Z W⁻¹."""
         return torch.linalg.solve(self.weight, z, left=False)
+
+    def swap_matrices(self, weights):
+        """W diag(weights_k) W⁻¹, all by one solve."""
+        chosen = self.weight[..., None, :, :] * weights[..., None, :]
+        return torch.linalg.solve(self.weight, chosen.flatten(-3, -2), left=False).view_as(chosen)
 
     def condition(self):
         """The largest singular value of W over the smallest."""
