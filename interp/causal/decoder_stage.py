@@ -188,6 +188,7 @@ def _answers_in_tuples(block: nn.Module) -> bool:
 def _with(module: nn.Module, path: Sequence[str], new: nn.Module) -> nn.Module:
     """A copy of a module that shares all but what lies on a path, at whose end is another module."""
     found = copy.copy(module)
+    vars(found).pop("forward", None)  # nnsight's is bound to the module that was copied, and would run that one
     found._modules = dict(module._modules)
     found._modules[path[0]] = new if len(path) == 1 else _with(module._modules[path[0]], path[1:], new)  # type: ignore[arg-type]
     return found

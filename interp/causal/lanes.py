@@ -1,5 +1,6 @@
 """Lanes: alignments of one kind of map that are trained and evaluated together, along one axis in front."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -182,7 +183,7 @@ def _read_once(lanes: Sequence[Lane], data: InterchangeDataset) -> list[Stage]:
 
 def _by_place(x: Tensor, members: Sequence[list[int]]) -> Sequence[Tensor]:
     """The lanes' rows, for each place those of its lanes."""
-    order = sum(members, [])
+    order = list(itertools.chain.from_iterable(members))
     return x.split([len(m) for m in members]) if order == sorted(order) else [x[m] for m in members]
 
 
@@ -190,7 +191,7 @@ def _in_order(parts: Sequence[Tensor], members: Sequence[list[int]]) -> Tensor:
     """Parts that belong to these lanes, behind each other in the order of the lanes."""
     if len(parts) == 1:
         return parts[0]
-    order = sum(members, [])
+    order = list(itertools.chain.from_iterable(members))
     joined = torch.cat(list(parts))
     return joined if order == sorted(order) else joined[torch.tensor(order).argsort()]
 

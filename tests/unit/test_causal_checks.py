@@ -4,6 +4,7 @@ C16 (padding), C17 (exceptions) and C18 need language models: tests/tiny/test_ca
 """
 
 from collections import OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,12 +15,8 @@ from interp.causal import (
     Alignment,
     BoundlessMap,
     IdentityMap,
-    InterchangeDataset,
-    InvertibleMap,
-    LowRankMap,
     OrthogonalMap,
     Partition,
-    Pool,
     RevNetMap,
     Training,
     build_map,
@@ -36,7 +33,12 @@ from interp.causal.training import fit_lanes
 
 TASK = hierarchical_equality("both")
 HALVES = Partition({"v1": 8, "v2": 8})
-LIVE = [{"kind": "orthogonal"}, {"kind": "invertible"}, {"kind": "revnet", "blocks": 4}, {"kind": "low_rank", "rank": 12}]
+LIVE = [
+    {"kind": "orthogonal"},
+    {"kind": "invertible"},
+    {"kind": "revnet", "blocks": 4},
+    {"kind": "low_rank", "rank": 12},
+]
 MAPS = [{"kind": "identity"}, {"kind": "random"}, *LIVE]
 kind = lambda spec: spec["kind"]
 pytestmark = pytest.mark.filterwarnings("ignore::interp.causal.report.CausalAbstractionWarning")
@@ -139,7 +141,10 @@ def test_c1_there_and_back_on_real_activations(spec, dtype, least, splits, acts)
     tau = build_map(spec, 16, seed=1, dtype=dtype)
     assert round_trip(tau, acts) <= least
     if tau.num_parameters:
-        align(written(), tau).fit(splits, training=Training(steps=40, batch_size=256, lr=1e-2))
+        found = align(written(), tau, partition=Partition({"v1": 6, "v2": 6}))
+        found.fit(splits, training=Training(steps=40, batch_size=256, lr=1e-2))
+            splits, training=Training(steps=40, batch_size=256, lr=1e-2)
+        )
     assert round_trip(tau, acts) <= 10 * least
     z = 2 * torch.randn(100, tau.code_width, generator=torch.Generator().manual_seed(0), dtype=dtype)
     torch.testing.assert_close(tau(tau.inverse(z)), z, atol=100 * least, rtol=0)
@@ -207,8 +212,7 @@ def test_c7_only_the_blocks_of_set_variables_change(spec):
         torch.testing.assert_close(z[there], tau(h[sources[:, k]])[there], atol=1e-8, rtol=0)
 
 
-@pytest.mark.parametrize("spec", [{"kind": "orthogonal"}, {"kind": "invertible"}, {"kind": "boundless", "variables": 2}],
-                         ids=kind)  # fmt: skip
+@pytest.mark.parametrize("spec", [*LIVE[:2], {"kind": "boundless", "variables": 2}], ids=kind)
 @pytest.mark.parametrize("soft", [False, True])
 def test_swaps_by_matrices_are_swaps_of_codes(spec, soft):
     tau = moved(spec, dtype=torch.float64)
@@ -234,11 +238,11 @@ def test_c8_the_low_rank_form_is_the_orthogonal_map_with_these_columns():
 def test_c19_stretch_is_the_largest_singular_value_and_below_the_bound(acts):
     tau = moved({"kind": "invertible"}, scale=0.5)
     wanted = torch.linalg.svdvals(tau.weight.detach())[0]
-    found = largest_singular_values(lambda h: tau.encode(h)[0], acts[:20], steps=200)
+    found = largest_singular_values(lambda h: tau.encode(h)[0], acts[:20], steps=100)
     torch.testing.assert_close(found, wanted.expand(20), rtol=1e-3, atol=0)
     net = moved({"kind": "revnet", "blocks": 3}, dtype=torch.float64)
-    stretch = largest_singular_values(lambda h: net.encode(h)[0], acts[:50].double(), steps=100)
-    dense = torch.func.vmap(torch.func.jacrev(lambda h: net.encode(h)[0]))(acts[:50].double())
+    stretch = largest_singular_values(lambda h: net.encode(h)[0], acts[:20].double(), steps=100)
+    dense = torch.func.vmap(torch.func.jacrev(lambda h: net.encode(h)[0]))(acts[:20].double())
     torch.testing.assert_close(stretch, torch.linalg.matrix_norm(dense, 2).detach(), rtol=1e-3, atol=0)
     assert float(stretch.max()) <= net.lipschitz_bound()
 
@@ -307,34 +311,36 @@ def test_c9_loss_and_gradient_of_the_short_way_are_those_of_the_whole_network(sp
         assert bool(one.any())
 
 
-def test_c10_a_rotation_that_is_undone_changes_no_trained_rotation(splits, rotation):
-    found = []
-    for network, site, turn in ((written(), "block2", torch.eye(16)), (written(), None, rotation)):
-        if site is None:
-            names = list(network._modules)
-            parts = [network[: names.index("block2") + 1], linear(turn.mT), linear(turn), network[-2:]]
-            network, site = nn.Sequential(OrderedDict(zip(("a", "turn", "back", "b"), parts, strict=True))).eval(), "turn"
-        tau = OrthogonalMap(16, seed=1)
-        tau.base.copy_(turn.mT @ tau.base)  # the same start, seen in the turned frame
-        one = align(network, tau, site)
-        one.fit(splits, training=Training(steps=200, batch_size=256, lr=1e-2))
+def test_c10_a_rotation_that_is_undone_changes_no_trained_rotation():
+    task = replace(TASK, encode=lambda x: TASK.encode(x).double())  # in float32 two runs of Adam drift apart
+    splits, found, rotation = task.splits(4000, 500, 2000), [], random_orthogonal(16, torch.Generator().manual_seed(4))
+    for network, site, turn in ((written(), "block1", torch.eye(16)), (turned(rotation), "turn", rotation)):
+        tau = OrthogonalMap(16, seed=1, dtype=torch.float64)
+        tau.base.copy_(turn.double().mT @ tau.base)  # the same start, seen in the turned frame
+        one = align(network.double(), tau, site)
+        one.fit(splits, training=Training(steps=100, batch_size=256, lr=1e-2))
         found.append(score(one, splits).plain)
     assert found[0] == pytest.approx(found[1], abs=0.01)
-    assert found[0] > 0.55
+    assert found[0] > 0.6
 
 
-def test_c11_a_rotation_hides_the_units_and_an_orthogonal_map_finds_them(splits, rotation):
+@pytest.mark.slow
+def test_c11_a_rotation_hides_the_units_and_an_orthogonal_map_finds_them(rotation):
+    splits = TASK.splits(64_000, 1000, 4000)
     network = turned(rotation)
+    with torch.no_grad():  # the same answers, with logits far enough apart to be trained on
+        for parameter in network.head.parameters():
+            parameter *= 100
     assert score(align(network, IdentityMap(16), "turn"), splits).plain < 0.75
     found = align(network, OrthogonalMap(16, seed=0), "turn")
-    found.fit(splits, training=Training(steps=1200, batch_size=400, lr=1e-2))
+    found.fit(splits, training=Training(steps=2400, batch_size=800, lr=5e-3, patience=100, decay="linear"))
     assert score(found, splits).plain >= 0.99
 
 
 def test_c12_a_revnet_hides_the_units_from_rotations_and_its_inverse_finds_them(splits):
-    bent = moved({"kind": "revnet", "blocks": 6, "hidden": 16}, scale=0.4).requires_grad_(False)
+    bent = moved({"kind": "revnet", "blocks": 3, "hidden": 16}, scale=0.3).requires_grad_(False)
     network = written([("bend", Apply(bent)), ("unbend", Apply(bent, back=True))])
-    inverse = Undo(16, 6, 16)
+    inverse = Undo(16, 3, 16)
     inverse.load_state_dict(bent.state_dict())
     assert score(align(network, inverse, "bend"), splits).plain == 1.0
     found = align(network, OrthogonalMap(16, seed=0), "bend")
@@ -346,7 +352,7 @@ def test_c12_a_revnet_hides_the_units_from_rotations_and_its_inverse_finds_them(
 def test_c13_permuted_labels_are_not_learned(rotation):
     splits = TASK.splits(128_000, 4000, 4000)
     found = align(turned(rotation), OrthogonalMap(16, seed=0), "turn")
-    found.fit(splits, training=Training(steps=1600, batch_size=800, lr=5e-3))
+    found.fit(splits, training=Training(steps=800, batch_size=800, lr=5e-3))
     report = found.evaluate(splits, controls=("shuffle",), seeds=1, measure=False)
     shuffled = report.controls["shuffle"]
     prior = float(splits.train.labels.float().mean())
@@ -362,7 +368,7 @@ def within_three_sigma(share, wanted, n):
 
 
 def test_c14_shares_of_the_samplers():
-    n = 20_000
+    n = 2000
     both = TASK.sample(n, seed=12)
     sets = both.intervened()
     for one in ("v1", "v2", "v1+v2"):
@@ -377,7 +383,7 @@ def test_c14_shares_of_the_samplers():
         for one, share in zip(("v1", "v2", "v1+v2"), shares, strict=True):
             rows = torch.tensor([s == one for s in sets])
             within_three_sigma(float(data.flips[rows].float().mean()), 0.5, int(rows.sum()))
-            assert float(data.labels[rows].float().mean()) == pytest.approx(share, abs=0.02)  # the shares have 2 digits
+            assert float(data.labels[rows].float().mean()) == pytest.approx(share, abs=0.06)  # three sigma
 
 
 def test_c14_sources_of_the_first_argument_are_coupled_to_their_bases():
