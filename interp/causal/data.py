@@ -222,7 +222,7 @@ def refuse_shared_pairs(one: InterchangeDataset, other: InterchangeDataset) -> N
         DegenerateDataError: Saying how many.
     """
     if one.pool is not other.pool and one.pool.inputs is not other.pool.inputs:
-        shared = set(_pair_keys(one)) & set(_pair_keys(other)) if not isinstance(one.pool.inputs, Tensor) else set()
+        shared = set(_pair_keys(one)) & set(_pair_keys(other)) if _may_share(one, other) else set()
     else:
         key = lambda d: set(map(tuple, torch.cat([d.base[:, None], d.sources, d.chosen], 1).tolist()))
         shared = key(one) & key(other)
@@ -253,8 +253,18 @@ def _items(data: InterchangeDataset, kind: str) -> set[int]:
     return set(data.pool.groups[kind][used].flatten().tolist())
 
 
+def _may_share(one: InterchangeDataset, other: InterchangeDataset) -> bool:
+    """Whether a base may be common: vectors are compared by their sums first, since there are many."""
+    pools = one.pool.inputs, other.pool.inputs
+    if not all(isinstance(p, Tensor) and p[0].shape == pools[0][0].shape for p in pools):
+        return not any(isinstance(p, Tensor) for p in pools)
+    sums = [pool.flatten(1).double().sum(1)[data.base] for pool, data in zip(pools, (one, other), strict=True)]
+    return bool(torch.isin(*sums).any())
+
+
 def _pair_keys(data: InterchangeDataset) -> list[tuple[Any, ...]]:
-    texts = [str(text) for text in data.pool.inputs]
+    vectors = isinstance(data.pool.inputs, Tensor)
+    texts = [row.tobytes() for row in data.pool.inputs.numpy()] if vectors else [str(text) for text in data.pool.inputs]
     rows = zip(data.base.tolist(), data.sources.tolist(), data.chosen.tolist(), strict=True)
     return [(texts[b], *(texts[i] for i in s), *c) for b, s, c in rows]
 

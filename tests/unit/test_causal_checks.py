@@ -143,8 +143,6 @@ def test_c1_there_and_back_on_real_activations(spec, dtype, least, splits, acts)
     if tau.num_parameters:
         found = align(written(), tau, partition=Partition({"v1": 6, "v2": 6}))
         found.fit(splits, training=Training(steps=40, batch_size=256, lr=1e-2))
-            splits, training=Training(steps=40, batch_size=256, lr=1e-2)
-        )
     assert round_trip(tau, acts) <= 10 * least
     z = 2 * torch.randn(100, tau.code_width, generator=torch.Generator().manual_seed(0), dtype=dtype)
     torch.testing.assert_close(tau(tau.inverse(z)), z, atol=100 * least, rtol=0)

@@ -142,6 +142,15 @@ def test_splits_that_share_a_pair_are_refused():
         Splits(data, splits.validation, {"test": data.take(torch.arange(10), "test")})
 
 
+def test_splits_of_pools_of_their_own_with_the_same_vectors_are_refused():
+    task = TASKS["both"]
+    one, again, other = (
+        task.sample(100, seed=seed, split=split) for seed, split in ((1, "train"), (1, "test"), (2, "v"))
+    )
+    with pytest.raises(DegenerateDataError, match="100 pairs in both train and test"):
+        Splits(one, other, {"test": again})
+
+
 def test_splits_that_share_a_declared_group_are_refused():
     model = CausalModel(["a"], {"v": (["a"], torch.clone)}, (["v"], lambda v: v > 0))
 
