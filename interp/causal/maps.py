@@ -388,9 +388,10 @@ def refuse_not_invertible(tau: AlignmentMap, acts: Float[Tensor, "rows width"], 
     Raises:
         NonInvertibleMapError: If the error is above 1e-4 (1e-10 in float64), or the condition number above 1e7.
     """
-    error, condition = round_trip(tau, acts), tau.condition()
-    most = {torch.float32: 1e-4, torch.float64: 1e-10}.get(tau.dtype, float("inf"))
-    if not error <= most or condition > _MOST_CONDITION * (1 if tau.dtype != torch.float64 else 1e6):
+    condition, most = tau.condition(), {torch.float32: 1e-4, torch.float64: 1e-10}.get(tau.dtype, float("inf"))
+    well = condition <= _MOST_CONDITION * (1 if tau.dtype != torch.float64 else 1e6)
+    error = round_trip(tau, acts) if well else float("inf")
+    if not error <= most:
         raise NonInvertibleMapError(
             f"{tau} {when}: the way back misses by {error:.1e}, condition number {condition:.1e}",
             f"at most {most:.0e}, and a condition number below {_MOST_CONDITION:.0e}",

@@ -15,6 +15,7 @@ from interp.causal import (
     Alignment,
     BoundlessMap,
     IdentityMap,
+    InvertibleMap,
     OrthogonalMap,
     Partition,
     RevNetMap,
@@ -30,6 +31,13 @@ from interp.causal.lanes import Lanes
 from interp.causal.maps import random_orthogonal, round_trip, stack
 from interp.causal.swap import rows_needed, swap, swap_by_matrices
 from interp.causal.training import fit_lanes
+from interp.hooks.errors import (
+    DegenerateDataError,
+    NonInvertibleMapError,
+    ShapeMismatchError,
+    TrainModeError,
+    UnmatchedVariableError,
+)
 
 TASK = hierarchical_equality("both")
 HALVES = Partition({"v1": 8, "v2": 8})
@@ -457,3 +465,60 @@ def test_c17_an_exception_in_training_leaves_the_network_as_it_was(splits):
     torch.testing.assert_close(dict(network.state_dict()), before, rtol=0, atol=0)
     assert {n: p.requires_grad for n, p in network.named_parameters()} == flags
     assert not any(m._forward_hooks or m._forward_pre_hooks or m.training for m in network.modules())
+
+
+# Refusals ---
+
+
+def singular():
+    tau = InvertibleMap(16)
+    with torch.no_grad():
+        tau.weight[0] = tau.weight[1]
+    return tau
+
+
+def not_finite():
+    tau = OrthogonalMap(16)
+    with torch.no_grad():
+        tau.raw[3, 1] = torch.nan
+    return tau
+
+
+@pytest.mark.parametrize("tau", [singular, not_finite])
+def test_maps_that_cannot_be_undone_are_refused_before_training(tau, splits):
+    with pytest.raises(NonInvertibleMapError, match="before training"):
+        align(written(), tau()).fit(splits)
+
+
+def test_a_network_in_training_mode_is_refused(splits):
+    network = written([("drop", nn.Dropout(0.1))]).train()
+    with pytest.raises(TrainModeError, match="drop"):
+        align(network, OrthogonalMap(16)).fit(splits)
+
+
+def test_a_label_that_the_network_has_no_output_for_is_refused(splits):
+    network = written()
+    network.head = linear(torch.ones(1, 16))
+    with pytest.raises(UnmatchedVariableError, match="1 outputs"):
+        align(network, OrthogonalMap(16)).fit(splits)
+
+
+def test_an_odd_width_is_refused_where_equal_halves_are_asked_for():
+    with pytest.raises(ShapeMismatchError, match="equal size"):
+        RevNetMap(7, equal_halves=True)
+
+
+def test_bases_and_sources_of_different_number_are_refused(splits):
+    part = lambda n: TASK.pool({k: splits.test.pool.settings[k][:n] for k in TASK.causal_model.inputs})
+    with pytest.raises(ShapeMismatchError, match="3 bases, 2 sources"):
+        align(written(), IdentityMap(16)).intervene(part(3), part(2))
+    with pytest.raises(UnmatchedVariableError, match="v3"):
+        align(written(), IdentityMap(16)).intervene(part(3), part(3), ["v3"])
+
+
+@pytest.mark.parametrize(("rows", "text"), [
+    (lambda d: d.labels == 1, "all labels equal"), (lambda d: ~d.flips, "no intervention changes a label"),
+])  # fmt: skip
+def test_pairs_that_say_nothing_are_refused(rows, text, splits):
+    with pytest.raises(DegenerateDataError, match=text):
+        splits.test.take(rows(splits.test)).check()
