@@ -224,7 +224,7 @@ def r_squared(y: Float[np.ndarray, "n"], predicted: Float[np.ndarray, "n"]) -> f
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:
     from scipy.stats import spearmanr
 
-    return float(np.asarray(spearmanr(a, b).statistic))
+    return float(np.asarray(spearmanr(a, b)[0]))
 
 
 def _held_out(

@@ -125,7 +125,7 @@ def outer_folds(
         kind = StratifiedKFold if names is None else StratifiedGroupKFold
         splitter = kind(folds, shuffle=True, random_state=seed)
     else:
-        splitter = folds
+        splitter: Any = folds
     found = []
     for number, (train, test) in enumerate(splitter.split(np.zeros((len(labels), 1)), labels, names)):
         _check_uncut(train, test, names, type(splitter).__name__)
@@ -154,7 +154,7 @@ def value_folds(y: Any, groups: Any = None, folds: Any = 5, seed: int = 0) -> li
         raise ArgumentError(f"folds={folds!r}", "at least 2, or a splitter")
     check_lengths(len(y), groups=groups)
     names = None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
-    splitter = folds
+    splitter: Any = folds
     if isinstance(folds, int):
         parts = len(y) if names is None else int(names.max()) + 1
         if parts < folds:

@@ -282,7 +282,7 @@ def _run(data, todo: list[_Job], task: _Task, path, jobs: int, progress) -> Iter
 
 def _computed(data, todo: list[_Job], task: _Task, jobs: int) -> Iterator[tuple[_Job, list[dict[str, Any]]]]:
     if jobs == 1:
-        held: tuple[Any, Any] = (None, None)
+        held: tuple[Any, tuple[Any, Any]] = (None, (None, None))
         for job in todo:
             if held[0] != (job.site, job.pool):
                 held = ((job.site, job.pool), _pair(data, job, task))

@@ -208,6 +208,7 @@ def read_prompts(model: Model, texts: Iterable[Any], options: FitOptions) -> tup
         if own := sorted(batch.kwargs.keys() - _OF_TOKENS):
             raise InputError(f"{own[0]} beside a prompt", "tokens, and a mask of padding", f"leave {own[0]} out")
         # The last token predicts nothing that is known, and no position before it depends on it.
+        assert batch.ids is not None
         ids = batch.ids[:, : options.max_tokens][:, :-1]
         if ids.shape[1] <= options.skip:
             short += 1
