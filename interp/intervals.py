@@ -1,5 +1,6 @@
-"""Interval: an estimate with its bounds, and Wilson's, of a share."""
+"""Interval: an estimate with its bounds; Wilson's, of a share, and Student's, of a mean."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,3 +54,31 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return Interval(share, float(centre - half), float(centre + half), level, f"Wilson, n = {n}")
+
+
+def student(values: Sequence[float], level: float = 0.95, bounds: tuple[float, float] | None = None) -> Interval:
+    """Student's interval of a mean of independent values: m ± t s / √n, with n - 1 degrees of freedom.
+
+    Two values give a very wide one (t = 12.7), which is what two values say.
+
+    Args:
+        values: One for each seed.
+        level: Coverage.
+        bounds: Where the interval is cut, as at 0 and 1 of a share.
+
+    Raises:
+        ArgumentError: If there are fewer than two values.
+
+    Example:
+        >>> str(student([0.7, 0.8, 0.9]))
+        '0.800 [0.552, 1.048]'
+    """
+    from scipy.stats import t
+
+    array = np.asarray(values, dtype=float)
+    if len(array) < 2:
+        raise ArgumentError(f"{len(array)} values", "at least 2: one says nothing about the spread")
+    half = float(t.ppf((1 + level) / 2, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array)))
+    mean = float(array.mean())
+    low, high = (mean - half, mean + half) if bounds is None else np.clip([mean - half, mean + half], *bounds).tolist()
+    return Interval(mean, low, high, level, f"Student, n = {len(array)}")

@@ -22,6 +22,7 @@ from interp.hooks.table import Table
 FORMAT = 1
 _TYPES = {
     "AlignmentReport": "interp.causal.report",
+    "AlignmentSweep": "interp.causal.sweep_result",
     "AttentionParts": "interp.jacobians.attention_parts",
     "AttentionPatterns": "interp.attention",
     "Attribution": "interp.attribution.direct",
@@ -41,6 +42,7 @@ _TYPES = {
     "FeatureJacobians": "interp.jacobians.features",
     "FeatureVector": "interp.propagation.feature_vectors",
     "Fit": "interp.causal.training",
+    "Frontier": "interp.causal.sweep_result",
     "HeadNorms": "interp.attribution.head_norms",
     "Injectivity": "interp.causal.nearness",
     "Interval": "interp.intervals",

@@ -27,6 +27,8 @@ _HOME = {
     "interp.causal.report": ["AlignmentReport", "CausalAbstractionWarning", "Control"],
     "interp.causal.sampling": ["Task"],
     "interp.causal.scoring": ["Score"],
+    "interp.causal.sweep_result": ["AlignmentSweep", "Frontier"],
+    "interp.causal.sweeps": ["map_name", "sweep"],
     "interp.causal.training": ["Fit", "Training"],
 }  # fmt: skip
 
@@ -63,17 +65,19 @@ if TYPE_CHECKING:
     from interp.causal.report import AlignmentReport, CausalAbstractionWarning, Control
     from interp.causal.sampling import Task
     from interp.causal.scoring import Score
+    from interp.causal.sweep_result import AlignmentSweep, Frontier
+    from interp.causal.sweeps import map_name, sweep
     from interp.causal.training import Fit, Training
 
 __all__ = [
-    "Alignment", "AlignmentMap", "AlignmentReport", "BoundlessMap", "CausalAbstractionWarning", "CausalModel",
-    "Control", "DictionaryMap", "Fit", "FixedMap", "IdentityMap", "Injectivity", "InterchangeDataset", "InvertibleMap",
-    "KnownEntities", "LowRankMap", "Nearness", "NeuronSearch", "OrthogonalMap", "PCAMap", "Partition", "Pool",
-    "RevNetMap", "SavedAlignment", "Score", "Splits", "Task", "Training", "addition", "addition_splits", "attribute_of",
-    "attribute_splits", "build_map", "codelength", "distributive_law", "entity_position", "greedy_neurons",
-    "hierarchical_equality", "indirect_object", "indirect_object_splits", "injectivity", "known_entities",
-    "largest_singular_values", "load_alignment", "mlp", "nonlinearity", "off_distribution", "save_alignment",
-    "train_mlps", "untrained",
+    "Alignment", "AlignmentMap", "AlignmentReport", "AlignmentSweep", "BoundlessMap", "CausalAbstractionWarning",
+    "CausalModel", "Control", "DictionaryMap", "Fit", "FixedMap", "Frontier", "IdentityMap", "Injectivity",
+    "InterchangeDataset", "InvertibleMap", "KnownEntities", "LowRankMap", "Nearness", "NeuronSearch",
+    "OrthogonalMap", "PCAMap", "Partition", "Pool", "RevNetMap", "SavedAlignment", "Score", "Splits", "Task",
+    "Training", "addition", "addition_splits", "attribute_of", "attribute_splits", "build_map", "codelength",
+    "distributive_law", "entity_position", "greedy_neurons", "hierarchical_equality", "indirect_object",
+    "indirect_object_splits", "injectivity", "known_entities", "largest_singular_values", "load_alignment",
+    "map_name", "mlp", "nonlinearity", "off_distribution", "save_alignment", "sweep", "train_mlps", "untrained",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_names(__name__, _HOME)

@@ -36,11 +36,7 @@ def complexity(
         >>> found["effective dimension"], round(found["stretch max"], 4), found["nonlinearity"] < 1e-5
         (4.0, 1.0, True)
     """
-    sizes = mask.sum(1).tolist()
-    found = {"parameters": float(tau.num_parameters), "effective dimension": tau.effective_dimension(sizes)}
-    if isinstance(tau, IdentityMap):
-        found["effective dimension"] = _multinomial_bits(tau.width, sizes)
-    found |= {"aligned": float(sum(sizes)), "aligned share": sum(sizes) / tau.code_width}
+    found = sizes(tau, mask)
     x = acts[torch.linspace(0, len(acts) - 1, min(_ROWS, len(acts))).long()].to(tau.dtype)
     if tau.kind in ("low_rank", "dictionary"):  # no bijection between two spaces of one size
         return found
@@ -52,6 +48,21 @@ def complexity(
         found["stretch bound"] = tau.lipschitz_bound()
     found["nonlinearity"] = nonlinearity(tau, acts)
     return found
+
+
+def sizes(tau: AlignmentMap, mask: Bool[Tensor, "variables code"]) -> dict[str, float]:
+    """Return the measures of a map that need no activations: ``parameters`` to ``aligned share`` of `complexity`.
+
+    Example:
+        >>> from interp.causal import Partition, RevNetMap
+        >>> sizes(RevNetMap(4, blocks=1, hidden=2), Partition({"v": 2}).mask(["v"], 4))["parameters"]
+        24.0
+    """
+    counts = mask.sum(1).tolist()
+    found = {"parameters": float(tau.num_parameters), "effective dimension": tau.effective_dimension(counts)}
+    if isinstance(tau, IdentityMap):
+        found["effective dimension"] = _multinomial_bits(tau.width, counts)
+    return found | {"aligned": float(sum(counts)), "aligned share": sum(counts) / tau.code_width}
 
 
 def largest_singular_values(

@@ -78,7 +78,8 @@ def score_lanes(
         )
     together = Lanes(lanes, data, readout)
     _, right = together.evaluate(stack([lane.tau for lane in lanes]).eval())
-    known = {id(lane.stage(data)): _Facts(together, i) for i, lane in enumerate(lanes)}
+    distinct = {id(lane.stage(data)): i for i, lane in enumerate(lanes)}
+    known = {stage: _Facts(together, i) for stage, i in distinct.items()}
     return [_score(data, right[i], known[id(lane.stage(data))], by) for i, lane in enumerate(lanes)]
 
 
