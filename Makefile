@@ -4,12 +4,14 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 JOBS ?= 2
+SEEDS ?= 3
+STEPS ?= 800
 INSTALLED := .venv/.installed
 CONSTRAINTS = $(shell nvidia-smi -L 2>/dev/null | grep -q GPU || echo -c constraints.txt)
 CHROMIUM := chromium chromium-browser google-chrome google-chrome-stable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fast lint types format hooks bench docs notebooks models browser
+.PHONY: help demo test fast lint types format hooks bench tables docs notebooks models browser
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +35,9 @@ notebooks: $(INSTALLED) ## tutorials as notebooks in tutorials/notebooks
 bench: $(INSTALLED) ## benchmarks (tests/benchmarks/bench_*.py)
 	$(BIN)/python -m pytest tests/benchmarks -o python_files="bench_*.py" -s
 
+tables: $(INSTALLED) ## tables of docs/causal_abstraction.md (long; goes on where it was stopped)
+	$(BIN)/python -m tests.tables.causal --seeds $(SEEDS) --steps $(STEPS)
+
 lint: $(INSTALLED) ## style and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -48,7 +53,7 @@ hooks: $(INSTALLED) ## run the checks at each commit and push
 	$(BIN)/prek install
 
 # One thread: with more busy processes than cores, torch's default number of threads is many times slower.
-test fast: export OMP_NUM_THREADS = 1
+test fast tables: export OMP_NUM_THREADS = 1
 
 # Remade when the list of dependencies changes, not for each run.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -46,11 +46,11 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
         >>> str(wilson(8, 10))
         '0.800 [0.490, 0.943]'
     """
-    from scipy.stats import norm
+    from scipy.special import ndtri
 
     if n < 1 or not 0 <= successes <= n:
         raise ArgumentError(f"{successes} of {n}", "0 to n successes, n at least 1")
-    z, share = float(norm.ppf((1 + level) / 2)), successes / n
+    z, share = float(ndtri((1 + level) / 2)), successes / n
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return Interval(share, float(centre - half), float(centre + half), level, f"Wilson, n = {n}")
@@ -73,12 +73,12 @@ def student(values: Sequence[float], level: float = 0.95, bounds: tuple[float, f
         >>> str(student([0.7, 0.8, 0.9]))
         '0.800 [0.552, 1.048]'
     """
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     array = np.asarray(values, dtype=float)
     if len(array) < 2:
         raise ArgumentError(f"{len(array)} values", "at least 2: one says nothing about the spread")
-    half = float(t.ppf((1 + level) / 2, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array)))
+    half = float(stdtrit(len(array) - 1, (1 + level) / 2) * array.std(ddof=1) / np.sqrt(len(array)))
     mean = float(array.mean())
     low, high = (mean - half, mean + half) if bounds is None else np.clip([mean - half, mean + half], *bounds).tolist()
     return Interval(mean, low, high, level, f"Student, n = {len(array)}")

@@ -128,7 +128,7 @@ def sweep(
             f"restarts={restarts}, lanes={lanes}, permuted={permuted} with {len(plan.variables)} variables",
             "at least 1, at least 1, and two variables to permute",
         )
-    cells = _cells(plan, sites, _named(maps), sizes)
+    cells = _cells(plan, sites, maps, sizes)
     with Kept(path) as kept:
         rows = _rows(plan, cells, kept, lanes, progress)
     pairs = f"{len(data.train)} training pairs"
@@ -169,10 +169,23 @@ def _networks(models: Model | Sequence[Model], seeds: Sequence[int]) -> dict[int
     return dict(zip(seeds, models, strict=True))
 
 
+def check_cells(
+    model: Model, data: Splits, sites: Sequence[SiteLike], maps: Sequence[MapSpec] | Mapping[str, MapSpec],
+    sizes: Sequence[int],
+) -> None:  # fmt: skip
+    """Refuse sites, maps and sizes that do not fit a network, without training anything.
+
+    Raises:
+        InterpError: As `sweep` does.
+    """
+    _cells(_Plan({0: model}, None, data, Training(), 1, None, False, False, True), sites, maps, sizes)
+
+
 def _cells(
-    plan: _Plan, sites: Sequence[SiteLike], maps: Mapping[str, dict[str, Any]], sizes: Sequence[int]
+    plan: _Plan, sites: Sequence[SiteLike], given: Sequence[MapSpec] | Mapping[str, MapSpec], sizes: Sequence[int]
 ) -> list[_Cell]:
     """All cells, those that are stacked together behind each other; what does not fit is refused."""
+    maps = _named(given)
     places = [str(Site.parse(s)) for s in sites]
     if not places or not len(sizes) or len(set(places)) < len(places) or len(set(sizes)) < len(sizes):
         raise ArgumentError(f"sites={places}, sizes={list(sizes)}", "different sites and sizes, at least one of each")

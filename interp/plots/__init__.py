@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["can_draw", "chart", "visible"]
 
 _DRAWN_BY = {
+    "AlignmentSweep": ("interp.plots.alignments", "alignments_chart"),
+    "Frontier": ("interp.plots.alignments", "frontier_chart"),
     "AttentionPatterns": ("interp.plots.attention", "attention_chart"),
     "LogitLens": ("interp.plots.lens", "lens_chart"),
     "Attribution": ("interp.plots.components", "attribution_chart"),
@@ -60,8 +62,8 @@ def chart(result: Any, **options: Any) -> "altair.TopLevelMixin":
         result: A LogitLens, AttentionPatterns, an Attribution, HeadNorms, Votes, a LinearScope, a BiasReport, an SVD,
             TokenBlocks, a PatchGrid, a PathSearch, Couplings, a FeatureVector, a DoseResponse, LayerSpectra, a
             ProbeSweep, a Calibration, a LearningCurve, a TransferMatrix, a PermutationTest, a JacobianSummary (singular
-            values, gram, norm, trace), a JacobianLens, a RelationScore, or a Table of tokens or classes with their
-            probabilities, or with F x, r and their sum.
+            values, gram, norm, trace), a JacobianLens, a RelationScore, an AlignmentSweep or its Frontier, or a Table
+            of tokens or classes with their probabilities, or with F x, r and their sum.
         options: Of the figure. LogitLens: ``colour`` ("probability" or "entropy"), ``figure`` ("both", "heat",
             "ranks"), ``position``. Attribution: ``figure`` ("parts", "sources"), ``top``, ``layer`` of sources.
             HeadNorms: ``observable``. Votes of an image: ``picture`` (PNG bytes or a PIL image), ``cell`` (pixels),
@@ -74,7 +76,8 @@ def chart(result: Any, **options: Any) -> "altair.TopLevelMixin":
             ``of``. AttentionPatterns: ``head``, ``size``, ``columns``. FeatureVector: ``top``, ``width``. DoseResponse:
             ``width``, ``height``. LayerSpectra: ``height``. JacobianSummary: ``labels``, ``beside`` (of singular
             values: other summaries by name), ``name``. JacobianLens: ``figure`` ("layers", "changes"). RelationScore:
-            ``beside`` (other scores by name), ``name``. Table: ``top``. All: ``title``.
+            ``beside`` (other scores by name), ``name``. AlignmentSweep: ``figure`` ("frontier", "grid"), ``site``,
+            ``measure``, ``complexity``, ``split``. Table: ``top``. All: ``title``.
 
     Raises:
         ArgumentError: If there is no figure for this type, or an option is not the figure's.

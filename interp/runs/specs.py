@@ -23,6 +23,7 @@ Work = Callable[[Run, Progress], None]
 # that a kind may live in any room.
 KINDS = {
     "activation_patching": "interp.runs.patching_specs:PatchingSpec",
+    "alignment_sweep": "interp.runs.alignment_specs:AlignmentSweepSpec",
     "demo": "interp.runs.demo:DemoSpec",
     "linear_scope": "interp.runs.scope_specs:LinearScopeSpec",
     "observable_propagation": "interp.runs.propagation_specs:PropagationSpec",

@@ -74,3 +74,21 @@ def test_the_language_model_is_computed(tmp_path, smollm2):
     assert margin.value == pytest.approx(6.12, abs=0.01)
     assert blocks.norms.triu(1).abs().max() == 0
     assert all(row["completeness error"] < 1e-5 for row in run.load("completeness"))
+
+
+@pytest.mark.slow
+def test_alignments_are_computed_and_the_gap_between_maps_is_the_papers(tmp_path):
+    """Hierarchical equality, blocks 1 and 3, two seeds: the ranges of Sutter et al. 2025, at a reduced budget."""
+    run = computed("alignments.yaml", tmp_path)
+    assert min(run.load("networks").to_frame()["accuracy"]) > 0.99
+    found = {(r["map"], r["site"]): r for r in run.load("summary")}
+    at = lambda name, block: found[name, f"block{block}"]["plain"]
+    assert 0.68 < at("orthogonal", 1) < 0.98
+    assert at("orthogonal", 1) < at("invertible", 1)
+    assert at("revnet 1x16", 1) > 0.95
+    assert at("revnet 1x16", 3) > 0.9
+    assert all(0.4 < at(name, 3) < 0.6 for name in ("orthogonal", "invertible"))
+    assert all(0.45 < row["random plain"] < 0.55 for row in found.values())
+    assert all(row["shuffled"] < 0.8 for (name, _), row in found.items() if name != "identity")
+    kept = [r["map"] for r in run.load("frontier").kept if r["site"] == "block1"]
+    assert kept == ["identity", "orthogonal", "invertible", "revnet 1x16"]

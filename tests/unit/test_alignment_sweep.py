@@ -149,9 +149,9 @@ def made(*cells):
         for seed, (value, control, left) in enumerate(zip(iia, random, trained, strict=True)):
             rows.append({
                 "map": name, "site": "s", "size": 1, "seed": seed, "split": "test", "iia": value, "low": 0.1,
-                "high": 0.9, "plain": value, "random": control, "random plain": control, "random trained": left, "shuffled": 0.5,
-                "trained": True, "best constant": 0.5, "model accuracy": 1.0, "validation loss": 1 - value,
-                "random validation loss": 1 - control, "effective dimension": complexity,
+                "high": 0.9, "plain": value, "random": control, "random plain": control, "random trained": left,
+                "shuffled": 0.5, "trained": True, "best constant": 0.5, "model accuracy": 1.0,
+                "validation loss": 1 - value, "random validation loss": 1 - control, "effective dimension": complexity,
             })  # fmt: skip
     return AlignmentSweep(rows, "algorithm", ["v"], "budget", "controls")
 
