@@ -281,7 +281,7 @@ class _Work:
         acts = stages[id(pool.inputs)].acts if cell.spec["kind"] == "pca" else None
         tau = build_map(cell.spec, cell.width, seed=seed, acts=acts)
         mask = self.plan.partition(cell).mask(self.plan.variables, tau.code_width)
-        return Lane(model, cell.site, tau, mask, shuffle, self.plan.cache, stages)
+        return Lane(model, cell.site, tau, mask, shuffle, self.plan.cache, stages=stages)
 
     def _random(self, seed: int) -> Model:
         if seed not in self.random:
@@ -324,7 +324,7 @@ class _Work:
 
 
 def _again(lane: Lane, tau: AlignmentMap | None, mask: Tensor) -> Lane:
-    return Lane(lane.model, lane.sites, lane.tau if tau is None else tau, mask, None, lane.cache, lane.stages)
+    return Lane(lane.model, lane.sites, lane.tau if tau is None else tau, mask, cache=lane.cache, stages=lane.stages)
 
 
 def _row(cell: _Cell, split: str, scores: Sequence[Score], fits: Sequence[Fit]) -> dict[str, Any]:
