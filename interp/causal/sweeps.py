@@ -146,7 +146,7 @@ def map_name(spec: MapSpec) -> str:
     """
     if isinstance(spec, str):
         return spec
-    options = {k: v for k, v in spec.items() if k != "kind"}
+    options = {k: v for k, v in sorted(spec.items()) if k != "kind"}
     if spec.get("kind") == "revnet" and set(options) == {"blocks", "hidden"}:
         return f"revnet {options['blocks']}x{options['hidden']}"
     return " ".join([str(spec.get("kind")), *(f"{k}={v}" for k, v in options.items())])
@@ -342,7 +342,7 @@ def _row(cell: _Cell, split: str, scores: Sequence[Score], fits: Sequence[Fit]) 
         "random trained": fixed or fits[best].trained, "shuffled": shuffled and shuffled.headline.estimate,
         "selectivity": own.headline.estimate - random.headline.estimate, "trained": fixed or fits[0].trained,
         "steps": fits[0].steps, "validation loss": fits[0].validation_loss, "chance": fits[0].chance,
-        "random validation loss": fits[best].validation_loss, "spec": json.dumps(cell.spec),
+        "random validation loss": fits[best].validation_loss, "spec": json.dumps(cell.spec, sort_keys=True),
     }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import functools
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
+from torch import nn
 
 from interp.causal.equality import distributive_law, hierarchical_equality
 from interp.causal.networks import mlp, train_mlps
@@ -121,24 +122,35 @@ class AlignmentSweepSpec(Spec):
 def _compute(spec: AlignmentSweepSpec, task: Task, run: Run, step: Progress) -> None:
     """Write ``networks``, ``sweep``, ``summary`` and ``frontier``, with two figures; cells as they are finished."""
     step(f"training {len(spec.seeds)} networks")
-    networks, accuracies = train_mlps(
-        task, spec.seeds, blocks=spec.network.blocks, samples=spec.network.samples, epochs=spec.network.epochs,
-        enough=spec.network.enough,
-    )  # fmt: skip
-    run.save("networks", Table(
-        [{"seed": s, "accuracy": a} for s, a in zip(spec.seeds, accuracies, strict=True)], "on inputs of their own"
-    ))  # fmt: skip
-    models = [attach(network) for network in networks]
+    models = [attach(network) for network in _networks(spec, task, run)]
     run.record_model("network", models[0])
-    splits = task.splits(**spec.pairs.model_dump())
-    found = sweep(
-        models, splits, spec.sites, spec.maps, sizes=spec.sizes, seeds=spec.seeds,
+    found: AlignmentSweep = run.once("sweep", lambda: sweep(
+        models, task.splits(**spec.pairs.model_dump()), spec.sites, spec.maps, sizes=spec.sizes, seeds=spec.seeds,
         training=Training(**spec.training.model_dump()), restarts=spec.restarts, measure=spec.measure,
         path=run.path / "cells", progress=_stacks(step),
-    )  # fmt: skip
-    for name, result in (("sweep", found), ("summary", found.summary()), ("frontier", found.frontier())):
-        run.save(name, result)
-    save_drawn(run, "alignments", "found", _drawn(found), f"{task.name}: {found.algorithm}")
+    ))  # fmt: skip
+    run.once("summary", found.summary)
+    run.once("frontier", found.frontier)
+    save_drawn(run, "alignments", "found", lambda: _drawn(found), f"{task.name}: {found.algorithm}")
+
+
+def _networks(spec: AlignmentSweepSpec, task: Task, run: Run) -> list[nn.Sequential]:
+    """The trained networks; those of a run that goes on are read."""
+    from safetensors.torch import load_model, save_model
+
+    files = [run.path / "cells" / f"network-{seed}.safetensors" for seed in spec.seeds]
+    networks = [mlp(task, blocks=spec.network.blocks, seed=seed) for seed in spec.seeds]
+    if "networks" in run.names and all(file.is_file() for file in files):
+        for network, file in zip(networks, files, strict=True):
+            load_model(network, str(file))
+        return networks
+    networks, accuracies = train_mlps(task, spec.seeds, **spec.network.model_dump())
+    files[0].parent.mkdir(exist_ok=True)
+    for network, file in zip(networks, files, strict=True):
+        save_model(network, str(file))
+    rows = [{"seed": s, "accuracy": a} for s, a in zip(spec.seeds, accuracies, strict=True)]
+    run.save("networks", Table(rows, "on inputs of their own"))
+    return networks
 
 
 def _stacks(step: Progress) -> Progress:

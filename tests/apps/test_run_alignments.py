@@ -10,7 +10,10 @@ from interp.apps.report import sections
 from interp.causal.sweep_result import AlignmentSweep
 from interp.hooks.errors import ArgumentError
 from interp.plots import can_draw, chart
+from interp.runs import alignment_specs
+from interp.runs.again import resume
 from interp.runs.run import Run
+from interp.runs.specs import execute, read_spec
 from tests.apps.samples import HOSTILE
 
 SPEC = """
@@ -55,6 +58,27 @@ def test_alignments_are_computed_drawn_and_reported(call, tmp_path):
     assert (section.text, len(section.figures)) == ("hierarchical equality: both equalities", 2)
     assert "Accuracy against complexity" in (path / "report.html").read_text()
     assert len(list((path / "figures").glob("*.png"))) == 2
+
+
+def test_a_run_that_was_interrupted_goes_on_with_its_networks_and_cells(tmp_path, monkeypatch):
+    (tmp_path / "spec.yaml").write_text(SPEC)
+    spec = read_spec(tmp_path / "spec.yaml")
+    whole = execute(spec, tmp_path / "whole")
+
+    def interrupt(line):
+        if line.startswith("stack 3 of 3"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(spec, tmp_path / "runs", interrupt)
+    (path,) = (tmp_path / "runs").iterdir()
+    assert Run.open(path).names == ["networks"]
+    monkeypatch.setattr(alignment_specs, "train_mlps", None)
+    said = []
+    again = resume(Run.open(path), said.append)
+    assert [line for line in said if line.startswith("stack")] == ["stack 3 of 3, revnet 1x4"]
+    assert again.load("sweep").rows == whole.load("sweep").rows
+    assert again.state == "finished"
 
 
 @pytest.mark.parametrize(

@@ -277,13 +277,13 @@ def test_finished_cells_are_read_and_a_line_that_was_cut_off_is_computed_again(d
 
 
 def test_a_folder_belongs_to_one_process(data, networks, tmp_path):
-    with Kept(tmp_path), pytest.raises(RunError, match="another process is at work"):
+    with Kept(tmp_path), pytest.raises(RunError, match="one process at a time"):
         sweep(networks[0], data, ["block1"], ["identity"], sizes=[4], path=tmp_path)
     with Kept(tmp_path):
         pass
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="a folder that can be written"):
-        Kept(tmp_path / "file")
+    with pytest.raises(RunError, match="a folder that can be written"), Kept(tmp_path / "file"):
+        pass
 
 
 # What is refused before any work ---
@@ -321,4 +321,4 @@ def test_what_does_not_fit_is_refused_before_any_work(data, networks, change, er
 def test_names_of_maps():
     assert map_name("pca") == "pca"
     assert map_name(REVNET) == "revnet 1x4"
-    assert map_name({"kind": "boundless", "variables": 2, "price": 0.5}) == "boundless variables=2 price=0.5"
+    assert map_name({"kind": "boundless", "variables": 2, "price": 0.5}) == "boundless price=0.5 variables=2"
