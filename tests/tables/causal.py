@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import interp
-from interp.causal import AlignmentSweep, Training, sweep
+from interp.causal import AlignmentSweep, Training, greedy_neurons, sweep, untrained
 from interp.saving import load_result, save_result
 from tests.tables import paper
 from tests.tables.networks import fitted, halfway, task_of, trained
@@ -30,11 +30,12 @@ TITLES = {
     "and_or": "law, and-or", "and_or_and": "law, and-or-and",
 }  # fmt: skip
 NAMES = {
-    "neurons": "neurons: the first half for v1, the second for v2", "orthogonal": "orthogonal",
+    "search": "neurons, greedy search", "neurons": "neurons, halves as they come", "orthogonal": "orthogonal",
     "invertible": "invertible linear (not in the paper)", "revnet": "RevNet, 10 blocks",
 }  # fmt: skip
 STATES = ("untrained", "a quarter", "trained")
 HIDDEN = (1, 2, 4, 8, 16)
+SEARCHED = 1000  # pairs that choose neurons
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,26 @@ class Tables:
         networks = trained(self.folder / "networks", algorithm, self.numbers)
         return self.run(networks, algorithm, (1, 2, 3), maps_for(algorithm))
 
+    def neurons(self, algorithm: str) -> AlignmentSweep:
+        """Neurons that a greedy search finds on validation pairs, beside searches on untrained networks."""
+        task, rows = task_of(algorithm), []
+        data = task.splits(100, SEARCHED, self.tests, seed=5)
+        networks = [interp.attach(n) for n in trained(self.folder / "networks", algorithm, self.numbers)]
+        for block, (seed, network) in ((b, pair) for b in (1, 2, 3) for pair in enumerate(networks)):
+            found = greedy_neurons(network, task.causal_model, f"block{block}", data)
+            control = [untrained(network, 10_000 + seed)]
+            report = found.evaluate(data, seeds=1, restarts=1, random_models=control, measure=False)
+            (row,), random = report.scores[0].to_records(), report.controls["random_model"]
+            rows.append(row | {
+                "map": "search", "site": f"block{block}", "size": network.module[0][0].out_features // 2, "seed": seed,
+                "iia": report.iia.estimate, "random": random.value, "random plain": random.value,
+                "random trained": True, "shuffled": report.controls["shuffle"].value, "trained": True,
+                "selectivity": report.selectivity, "validation loss": report.fit["validation_loss"],
+                "random validation loss": report.fit["chance"],
+            })  # fmt: skip
+        budget = f"neurons up to half of all, chosen by {SEARCHED:,} pairs"
+        return AlignmentSweep(rows, task.causal_model.name, list(task.variables), budget, "as many searches")
+
     def hidden(self) -> AlignmentSweep:
         """RevNets of one block."""
         networks = trained(self.folder / "networks", "both", self.numbers)
@@ -107,7 +128,7 @@ class Tables:
             found[f"progression {state}"] = lambda state=state: self.progression(state)
         for algorithm in ("and_or", "left", "first_argument"):
             found[algorithm] = lambda algorithm=algorithm: self.headline(algorithm)
-        return found
+        return found | {f"neurons {a}": lambda a=a: self.neurons(a) for a in TITLES}
 
     def file(self, part: str) -> Path:
         """Stem of a finished part's files."""
@@ -171,10 +192,17 @@ def headline_table(done: dict[str, AlignmentSweep]) -> list[str]:
     lines = ["| algorithm | map | block 1 | block 2 | block 3 |", "|---|---|---|---|---|"]
     for algorithm, title in TITLES.items():
         for name, shown in NAMES.items():
-            numbers, found = paper.HEADLINE.get((algorithm, name), [None] * 3), done.get(algorithm)
+            numbers = paper.HEADLINE.get((algorithm, name), [None] * 3)
+            found = done.get(f"neurons {algorithm}" if name == "search" else algorithm)
             cells = [f"{published(n)} / {ours(found, name, f'block{b}')}" for b, n in enumerate(numbers, start=1)]
-            lines.append(f"| {title} | {shown} | {' | '.join(cells)} |")
+            lines.append(f"| {title}{guess(done.get(algorithm))} | {shown} | {' | '.join(cells)} |")
     return lines
+
+
+def guess(found: AlignmentSweep | None) -> str:
+    """What the best constant answer to each intervention reaches, where that is not half."""
+    share = 0.5 if found is None else found.summary()[0]["best constant"]
+    return f" (constant guess {100 * share:.1f})" if share > 0.52 else ""
 
 
 def hidden_table(done: dict[str, AlignmentSweep]) -> list[str]:
@@ -206,7 +234,7 @@ def fitted_table(done: dict[str, AlignmentSweep]) -> list[str]:
     lines = ["| network fitted to | aligned with | map | block 2 |", "|---|---|---|---|"]
     for built in ("and_or_and", "and_or"):
         for asked in (built, "and_or" if built == "and_or_and" else "and_or_and"):
-            for name, shown in NAMES.items():
+            for name, shown in list(NAMES.items())[1:]:
                 number = published(paper.FITTED.get((built, asked, name)))
                 cell = ours(done.get(f"fitted {built} {asked}"), name, "block2")
                 lines.append(f"| {TITLES[built]} | {TITLES[asked]} | {shown} | {number} / {cell} |")

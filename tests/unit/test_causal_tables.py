@@ -32,6 +32,7 @@ def test_the_page_names_what_was_not_run_and_keeps_what_stands_around_the_tables
         "| equality, both | orthogonal | 84.2 ± 8.2 / not run | 61.4 ± 8.6 / not run | 49.8 ± 0.5 / not run |" in first
     )
     assert "invertible linear (not in the paper) | - / not run" in first
+    assert "| neurons, greedy search | 69.1 ± 12 / not run" in first
     assert first.count("2 seeds") == first.count("300 pairs, 4 steps of 256 pairs") == len(TABLES)
     write_page(page, tables)
     assert page.read_text() == first
@@ -72,6 +73,7 @@ def test_parts_are_kept_and_not_computed_again(tables, page, monkeypatch):
     assert calls == ["hierarchical equality"]
     assert set(tables.done()) == {"both", "fitted and_or and_or"}
     assert page.read_text().count("not run") == before - 4 * 3 - 4
+    assert len(tables.neurons("left").rows) == 3 * 2
     marked = replace(load_result(tables.file("both")), budget="marked")
     save_result(marked, tables.file("both"))
     compute(tables, page, ["both"])
