@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import interp
-from interp.causal import Alignment, CausalModel, IdentityMap, Partition, Pool
+from interp.causal import Alignment, CausalModel, IdentityMap, Partition, Pool, Task, Training, sweep
 from interp.causal.decoder_stage import DecoderStage
 from interp.causal.stages import HookStage, cut
 from interp.hooks.errors import ShapeMismatchError
@@ -81,3 +81,26 @@ def test_a_swap_of_all_coordinates_is_the_source_s_stream():
 def test_a_site_without_a_position_is_refused():
     with pytest.raises(ShapeMismatchError, match="@last"):
         cut(interp.attach(build("gpt2")), "blocks.1.hook_resid_post", pool_of(texts(2)))
+
+
+def test_a_sweep_over_a_decoder_is_the_same_both_ways():
+    def draw(n, generator):
+        return {name: torch.randint(top, (n,), generator=generator) for name, top in (("a", 2), ("b", 2), ("c", 40))}
+
+    algorithm = CausalModel(["a", "b", "c"], {"v": (["a"], torch.clone)}, (["v", "b"], torch.ne), name="differ")
+    task = Task(
+        "tokens", algorithm, draw, lambda x: (torch.stack(list(x.values()), 1) + torch.tensor([3, 5, 7])).tolist(),
+        candidates=lambda x: torch.tensor([[50, 51]]).expand(len(x["a"]), -1),
+    )  # fmt: skip
+    model, data = interp.attach(build("llama")), task.splits(40, 20, 20)
+    short, whole = (
+        sweep(
+            model, data, [SITE, "blocks.0.hook_resid_post@last"], [{"kind": "low_rank", "rank": 4}], sizes=[2],
+            training=Training(steps=2, batch_size=16), restarts=1, measure=False, cache=cache, lanes=lanes,
+        )
+        for cache, lanes in ((True, 24), (False, 3))
+    )  # fmt: skip
+    for key in ("validation loss", "random validation loss"):
+        assert [r[key] for r in short.rows] == pytest.approx([r[key] for r in whole.rows], abs=1e-3)
+    assert {r["site"] for r in short.rows} == {SITE, "blocks.0.hook_resid_post@last"}
+    assert {r["random restarts"][0] == r["random"] for r in short.rows} == {True}
