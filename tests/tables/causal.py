@@ -10,7 +10,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +256,20 @@ def write_page(page: Path, tables: Tables) -> None:
     page.write_text(text, encoding="utf-8")
 
 
+def write_picture(file: Path, tables: Tables) -> None:
+    """Draw the frontier of hierarchical equality, RevNets of one block among the maps, once both parts are there."""
+    import vl_convert
+
+    done = tables.done()
+    if not {"both", "hidden"} <= set(done):
+        return
+    found = replace(done["both"], rows=[*done["both"].rows, *done["hidden"].rows])
+    names = {"neurons": "neurons", "revnet": "RevNet 10x16"} | {f"revnet {m}": f"RevNet 1x{m}" for m in HIDDEN}
+    for row in found.rows:
+        row["map"] = names.get(row["map"], row["map"])
+    file.write_bytes(vl_convert.vegalite_to_png(interp.chart(found).to_dict(), scale=1.2))
+
+
 def compute(tables: Tables, page: Path | None = PAGE, parts: Sequence[str] = ()) -> None:
     """Compute what is missing, part by part, and write the page after each."""
     for part, make in tables.parts.items():
@@ -268,6 +282,7 @@ def compute(tables: Tables, page: Path | None = PAGE, parts: Sequence[str] = ())
             file.write(json.dumps({"part": part, "seconds": time.perf_counter() - began}) + "\n")
         if page is not None:
             write_page(page, tables)
+            write_picture(page.parent / "images" / "causal_frontier.png", tables)
 
 
 def main() -> None:

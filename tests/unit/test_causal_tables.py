@@ -18,6 +18,7 @@ def tables(tmp_path):
 
 @pytest.fixture
 def page(tmp_path):
+    (tmp_path / "images").mkdir()
     found = tmp_path / "page.md"
     found.write_text("text\n" + "".join(f"<!-- {n} -->\n<!-- end of {n} -->\nbetween\n" for n in TABLES))
     return found
@@ -74,6 +75,9 @@ def test_parts_are_kept_and_not_computed_again(tables, page, monkeypatch):
     assert set(tables.done()) == {"both", "fitted and_or and_or"}
     assert page.read_text().count("not run") == before - 4 * 3 - 4
     assert len(tables.neurons("left").rows) == 3 * 2
+    save_result(tables.done()["both"], tables.file("hidden"))
+    causal.write_picture(page.parent / "images" / "frontier.png", tables)
+    assert (page.parent / "images" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     marked = replace(load_result(tables.file("both")), budget="marked")
     save_result(marked, tables.file("both"))
     compute(tables, page, ["both"])
