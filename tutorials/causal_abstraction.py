@@ -2,9 +2,9 @@
 # # Causal abstraction: does a network compute this way?
 #
 # An algorithm has variables. An alignment says where a network keeps them: a map of the activations at a place, and
-# coordinates behind the map for each variable. It is tested by interchange: the coordinates of a variable are taken from
-# the run on another input, and the network should answer as the algorithm does when its variable is set in that way.
-# The share of right answers is the interchange intervention accuracy, IIA.
+# coordinates behind the map for each variable. It is tested by interchange: the coordinates of a variable are taken
+# from the run on another input, and the network should answer as the algorithm does when its variable is set in that
+# way. The share of right answers is the interchange intervention accuracy, IIA.
 #
 # One warning runs through this tutorial: a map that is flexible enough aligns any network with any algorithm (Sutter et
 # al. 2025, arXiv 2507.08802). An IIA is worth what its controls and the simplicity of its map are worth.
@@ -63,9 +63,9 @@ print(report)
 # %% [markdown]
 # ## 3. Many maps: is the encoding non-linear, or the rotation too stiff?
 #
-# Where a rotation falls short, a RevNet (invertible, non-linear) finds nearly everything, at every block. That looks like
-# a non-linear encoding. But "linear" in the literature is a rotation, whose subspaces stand at right angles. At the first
-# block a linear map that need only be invertible closes most of the gap; at the last one it finds nothing.
+# Where a rotation falls short, a RevNet (invertible, non-linear) finds nearly everything, at every block. That looks
+# like a non-linear encoding. But "linear" in the literature is a rotation, whose subspaces stand at right angles. At the
+# first block a linear map that need only be invertible closes most of the gap; at the last one it finds nothing.
 
 # %%
 maps = {
@@ -117,8 +117,8 @@ assert apart.injective
 # ## 5. A language model: which name is the indirect object
 #
 # "When Mary and John went to the store, John gave a drink to": the variable is whether the second name is the one to
-# whom something is given, and its place 16 dimensions of the stream behind block 20, at the last token. Held out are new
-# prompts, names that were never seen, and frames that were never seen. The model itself is not sure of some of those
+# whom something is given, and its place 16 dimensions of the stream behind block 20, at the last token. Held out are
+# new prompts, names that were never seen, and frames that were never seen. The model itself is not sure of some of those
 # frames: its own accuracy is printed beside.
 
 # %%
