@@ -64,8 +64,8 @@ print(report)
 # ## 3. Many maps: is the encoding non-linear, or the rotation too stiff?
 #
 # Where a rotation falls short, a RevNet (invertible, non-linear) finds nearly everything, at every block. That looks
-# like a non-linear encoding. But "linear" in the literature is a rotation, whose subspaces stand at right angles. At the
-# first block a linear map that need only be invertible closes most of the gap; at the last one it finds nothing.
+# like a non-linear encoding. But "linear" in the literature is a rotation, whose subspaces stand at right angles. At
+# the first block a linear map that need only be invertible closes most of the gap; at the last one it finds nothing.
 
 # %%
 maps = {
@@ -118,8 +118,8 @@ assert apart.injective
 #
 # "When Mary and John went to the store, John gave a drink to": the variable is whether the second name is the one to
 # whom something is given, and its place 16 dimensions of the stream behind block 20, at the last token. Held out are
-# new prompts, names that were never seen, and frames that were never seen. The model itself is not sure of some of those
-# frames: its own accuracy is printed beside.
+# new prompts, names that were never seen, and frames that were never seen. The model itself is not sure of some of
+# those frames: its own accuracy is printed beside.
 
 # %%
 model = interp.load("smollm2-135m")
