@@ -8,13 +8,15 @@ import torch
 from PIL import Image
 
 from interp.apps.explorer import desk
-from interp.apps.explorer.probes import probing
+from interp.apps.explorer.runs import ALIGNMENTS, PROBING, results_of
 from interp.apps.explorer.state import bound, link, runs_folder, write_address
 from interp.hooks.errors import ArgumentError, InterpError
 from interp.plots.pictures import signed
 from interp.runs.run import Run
 
-_MORE = {"Probes": "probes"}
+# Pages of what the open run holds, with the types of results that they show.
+_MORE = {"Probes": "probes", "Alignment": "alignment"}
+_SHOWN = {"Probes": PROBING, "Alignment": ALIGNMENTS}
 PAGES = {
     "Prompt": "prompt",
     "Observables": "observables",
@@ -41,7 +43,7 @@ def _more() -> list[str]:
         run = Run.open(runs_folder() / name) if name and Path(name).name == name else None
     except InterpError:
         return []  # Page Runs says why it cannot be opened.
-    return ["Probes"] if run is not None and probing(run) else []
+    return [] if run is None else [page for page, kinds in _SHOWN.items() if results_of(run, kinds)]
 
 
 def main() -> None:

@@ -3,21 +3,8 @@
 import streamlit as st
 
 from interp.apps.explorer import desk
-from interp.apps.explorer.runs import PROBING, opened, result
+from interp.apps.explorer.runs import PROBING, opened, result, results_of
 from interp.apps.explorer.state import link
-from interp.hooks.errors import InterpError
-from interp.runs.run import Run
-
-
-def probing(run: Run) -> list[str]:
-    """Names of the run's results of probing."""
-    found = []
-    for name in run.names:
-        try:
-            found += [name] * (type(run.load(name)).__name__ in PROBING)
-        except InterpError:
-            continue  # Page Runs says why it cannot be read.
-    return found
 
 
 def show() -> None:
@@ -27,7 +14,7 @@ def show() -> None:
         return
     made, run = found
     st.subheader(desk.escaped(run.path.name), anchor=False)
-    for name in probing(run):
+    for name in results_of(run, PROBING):
         result(made, run, name)
         loaded = desk.result(made.method("result", "load", name), name)
         if type(loaded).__name__ == "ProbeSweep":

@@ -16,6 +16,7 @@ from interp.runs.run import Run
 
 _MOST = 500
 PROBING = ("ProbeSweep", "LearningCurve", "TransferMatrix")
+ALIGNMENTS = ("AlignmentSweep",)
 
 
 def show() -> None:
@@ -66,6 +67,17 @@ def opened(name: str) -> tuple[Call, Run] | None:
     except InterpError as error:
         desk.complain(error)
         return None
+
+
+def results_of(run: Run, kinds: tuple[str, ...]) -> list[str]:
+    """Names of the run's results of these types."""
+    found = []
+    for name in run.names:
+        try:
+            found += [name] * (type(run.load(name)).__name__ in kinds)
+        except InterpError:
+            continue  # Page Runs says why it cannot be read.
+    return found
 
 
 def _state(path: Path) -> str:

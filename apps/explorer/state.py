@@ -18,6 +18,7 @@ DEFAULTS = {
     "foil": "", "corrupt": "", "position": "", "layer": "", "head": "", "path": "", "sites": "resid_pre",
     "image_model": "", "image": "sample:china.jpg", "class": "", "against": "", "pixel": "", "out": "", "run": "",
     "other": "", "dose": "", "input": "text", "between": "", "texts": TEXTS,
+    "split": "", "measure": "", "complexity": "", "example": "",
 }  # fmt: skip
 # What the built-in prompt is compared with, on the model that it was chosen for.
 _EXAMPLE = {

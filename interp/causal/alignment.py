@@ -12,6 +12,7 @@ from torch import Tensor
 from interp.causal.complexity import complexity
 from interp.causal.controls import CONTROLS, Arms, ControlName
 from interp.causal.data import InterchangeDataset, Pool, Splits
+from interp.causal.examples import interchange_examples
 from interp.causal.lanes import Lane, Lanes
 from interp.causal.maps import AlignmentMap, stack
 from interp.causal.models import CausalModel
@@ -23,6 +24,7 @@ from interp.causal.training import Fit, Progress, Training, fit_lanes
 from interp.hooks.errors import ArgumentError, DegenerateDataError, ShapeMismatchError, UnmatchedVariableError
 from interp.hooks.model import Model
 from interp.hooks.site import SiteLike
+from interp.hooks.table import Table
 
 
 class Alignment:
@@ -185,6 +187,32 @@ class Alignment:
         lane.stages = {}
         lanes = Lanes([lane], data, "vocabulary" if both.candidates is None else "candidates")
         return lanes.logits(stack([self.tau]).eval(), rows)[0]
+
+    def examples(self, data: InterchangeDataset, n: int = 20) -> Table:
+        """Return single interventions to look at: pairs that flip the label and pairs that keep it, in turn.
+
+        Each row has the base, the variables with their values before and after, their sources, and what algorithm and
+        network answer before and after.
+
+        Args:
+            data: Pairs.
+            n: How many.
+
+        Raises:
+            ArgumentError: If n is not a positive int.
+            UnmatchedVariableError: If the pairs intervene on a variable without a block.
+
+        Example:
+            >>> import interp
+            >>> from interp.causal import Alignment, IdentityMap, Partition, hierarchical_equality, mlp
+            >>> task = hierarchical_equality()
+            >>> model, blocks = interp.attach(mlp(task)), Partition({"v1": 8, "v2": 8})
+            >>> found = Alignment(model, task.causal_model, "block1", IdentityMap(16), blocks)
+            >>> found.examples(task.sample(50, seed=0), 4).columns[-5:]
+            ['algorithm before', 'algorithm', 'network before', 'network', 'right']
+        """
+        self._same_variables(data)
+        return interchange_examples(self, data, n)
 
     def _same_variables(self, data: InterchangeDataset) -> None:
         if data.variables != self.variables:

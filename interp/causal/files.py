@@ -65,18 +65,27 @@ def save_alignment(alignment: "Alignment", stem: str | Path) -> None:
     Raises:
         ArgumentError: If the map is a dictionary, which has files of its own.
     """
+    save_result(kept_part(alignment), stem)
+
+
+def kept_part(alignment: "Alignment") -> SavedAlignment:
+    """What of an alignment `save_alignment` writes.
+
+    Raises:
+        ArgumentError: If the map is a dictionary, which has files of its own.
+    """
     import interp
 
     tau = alignment.tau
     if tau.kind == "dictionary":
         raise ArgumentError(f"saving {tau}", "a map that is made from its own values", "keep the dictionary's folder")
     sites = [alignment.sites] if not isinstance(alignment.sites, (list, tuple)) else alignment.sites
-    save_result(SavedAlignment(
+    return SavedAlignment(
         dict(tau.spec()), tau.width, tau.seed, str(tau.dtype).removeprefix("torch."), dict(tau.state_dict()),
         alignment.partition.to_dict(), [str(s) for s in sites], alignment.causal_model.name, list(alignment.variables),
         None if alignment.training is None else asdict(alignment.training),
         None if alignment.result is None else asdict(alignment.result), interp.__version__,
-    ), stem)  # fmt: skip
+    )  # fmt: skip
 
 
 def load_alignment(stem: str | Path, model: Model, causal_model: CausalModel) -> "Alignment":

@@ -3,17 +3,24 @@
 import functools
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import nn
 
+from interp.causal.alignment import Alignment
+from interp.causal.data import Splits
 from interp.causal.equality import distributive_law, hierarchical_equality
+from interp.causal.files import kept_part
+from interp.causal.flexible_maps import build_map
 from interp.causal.networks import mlp, train_mlps
+from interp.causal.partition import Partition
 from interp.causal.sampling import Task
 from interp.causal.sweep_result import AlignmentSweep
-from interp.causal.sweeps import check_cells, sweep
+from interp.causal.sweeps import check_cells, map_name, sweep
 from interp.causal.training import Training
 from interp.hooks.attach import attach
 from interp.hooks.errors import ArgumentError
+from interp.hooks.model import Model
 from interp.hooks.table import Table
 from interp.plots import chart
 from interp.runs.drawn import Drawn, save_drawn
@@ -23,6 +30,7 @@ from interp.runs.specs import Fields, Spec, Work
 _ALGORITHMS = {
     "hierarchical_equality": ("both", "left", "first_argument"), "distributive_law": ("and_or", "and_or_and"),
 }  # fmt: skip
+_EXAMPLES = 40
 _TRIED = 200  # pairs on which sites, maps and sizes are checked
 
 
@@ -120,18 +128,38 @@ class AlignmentSweepSpec(Spec):
 
 
 def _compute(spec: AlignmentSweepSpec, task: Task, run: Run, step: Progress) -> None:
-    """Write ``networks``, ``sweep``, ``summary`` and ``frontier``, with two figures; cells as they are finished."""
+    """Write ``networks``, ``sweep``, ``summary``, ``frontier``, two figures, and the map that is chosen with examples.
+
+    Cells of the sweep are kept as they are finished.
+    """
     step(f"training {len(spec.seeds)} networks")
     models = [attach(network) for network in _networks(spec, task, run)]
     run.record_model("network", models[0])
+    splits, training = task.splits(**spec.pairs.model_dump()), Training(**spec.training.model_dump())
     found: AlignmentSweep = run.once("sweep", lambda: sweep(
-        models, task.splits(**spec.pairs.model_dump()), spec.sites, spec.maps, sizes=spec.sizes, seeds=spec.seeds,
-        training=Training(**spec.training.model_dump()), restarts=spec.restarts, measure=spec.measure,
-        path=run.path / "cells", progress=_stacks(step),
+        models, splits, spec.sites, spec.maps, sizes=spec.sizes, seeds=spec.seeds, training=training,
+        restarts=spec.restarts, measure=spec.measure, path=run.path / "cells", progress=_stacks(step),
     ))  # fmt: skip
     run.once("summary", found.summary)
     run.once("frontier", found.frontier)
+    if {"alignment", "examples"} - set(run.names):
+        step("fitting the chosen map for examples")
+        chosen = _chosen(spec, found, models[0], splits)
+        chosen.fit(splits, training=training, seed=spec.seeds[0])
+        run.once("alignment", lambda: kept_part(chosen))
+        run.once("examples", lambda: chosen.examples(splits.test, _EXAMPLES))
     save_drawn(run, "alignments", "found", lambda: _drawn(found), f"{task.name}: {found.algorithm}")
+
+
+def _chosen(spec: AlignmentSweepSpec, found: AlignmentSweep, model: Model, splits: Splits) -> Alignment:
+    """The map, site and size that validation pairs choose, on the first network, before training."""
+    best = found.best()
+    given = next(m for m in spec.maps if map_name(m) == best["map"])
+    own = {"kind": given} if isinstance(given, str) else given
+    acts = model.capture(splits.train.pool.take(torch.arange(_TRIED)), best["site"])[best["site"]]
+    tau = build_map(own, acts.shape[-1], seed=spec.seeds[0], acts=acts)
+    blocks = Partition(dict.fromkeys(splits.train.variables, best["size"]))
+    return Alignment(model, splits.train.causal_model, best["site"], tau, blocks)
 
 
 def _networks(spec: AlignmentSweepSpec, task: Task, run: Run) -> list[nn.Sequential]:

@@ -49,7 +49,10 @@ def test_alignments_are_computed_drawn_and_reported(call, tmp_path):
     (path,) = (tmp_path / "runs").iterdir()
     run = Run.open(path)
     assert run.state == "finished"
-    assert run.names == ["networks", "sweep", "summary", "frontier"]
+    assert run.names == ["networks", "sweep", "summary", "frontier", "alignment", "examples"]
+    best, kept = run.load("sweep").best(), run.load("alignment")
+    assert kept.sites == [best["site"]]
+    assert {r["right"] for r in run.load("examples")} <= {True, False}
     found = run.load("sweep")
     assert {r["seed"] for r in found.rows} == {0, 3}
     assert found.maps == ["identity", "orthogonal", "revnet 1x4"]
