@@ -32,7 +32,8 @@ def _sweep(loaded: Call, name: str) -> None:
     if sweep is None:
         return
     split = _choice("split", "Pairs", sweep.splits)
-    desk.figure(f"{name}-grid", loaded, name, figure="grid", **({} if split == sweep.splits[0] else {"split": split}))
+    pairs: dict[str, Any] = {} if split == sweep.splits[0] else {"split": split}
+    desk.figure(f"{name}-grid", loaded, name, figure="grid", **pairs)
     best = sweep.best(split=split)
     st.caption(
         f"{desk.escaped(sweep.algorithm)}. Budget of every map and control: {desk.escaped(sweep.budget)}. "
@@ -46,8 +47,8 @@ def _sweep(loaded: Call, name: str) -> None:
         measure = _choice("measure", "Accuracy", _MEASURES)
     with right:
         complexity = _choice("complexity", "Complexity", _COMPLEXITIES)
-    options: dict[str, Any] = {"measure": measure, "complexity": complexity}
-    desk.figure(f"{name}-frontier", loaded, name, **options, **({} if split == sweep.splits[0] else {"split": split}))
+    options: dict[str, Any] = {"measure": measure, "complexity": complexity, **pairs}
+    desk.figure(f"{name}-frontier", loaded, name, **options)
     st.caption(
         "What says something about the network is the distance between the curves, at the simple end: a map that is "
         "flexible enough aligns anything."

@@ -116,7 +116,8 @@ def _grid(sweep: Any, split: str | None, title: str) -> Any:
         }
         for r in rows
     ]  # fmt: skip
-    data, panels = sets.add("cells", cells), []
+    # A control that a map has not leaves a gap in its row: rows are those of all panels.
+    data, panels, every = sets.add("cells", cells), [], sorted({cell["map"] for cell in cells})
     for number, (key, name) in enumerate(_PANELS.items()):
         axis = alt.Axis(labelExpr=LABEL) if number == 0 else None
         signed = key == "selectivity"
@@ -125,7 +126,7 @@ def _grid(sweep: Any, split: str | None, title: str) -> Any:
         )  # fmt: skip
         base = alt.Chart(data).encode(
             x=alt.X("site:N", title=None, axis=alt.Axis(labelExpr=LABEL, labelAngle=-40)),
-            y=alt.Y("map:N", title=None, axis=axis),
+            y=alt.Y("map:N", title=None, axis=axis, scale=alt.Scale(domain=every)),
             tooltip=["map:N", "site:N", *(alt.Tooltip(f"{k}:Q", format=".3f") for k in (*_PANELS, "low", "high")),
                      "trained:N", "control trained:N"],
         )  # fmt: skip

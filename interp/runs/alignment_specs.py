@@ -158,7 +158,7 @@ def _chosen(spec: AlignmentSweepSpec, found: AlignmentSweep, model: Model, split
     own = {"kind": given} if isinstance(given, str) else given
     acts = model.capture(splits.train.pool.take(torch.arange(_TRIED)), best["site"])[best["site"]]
     tau = build_map(own, acts.shape[-1], seed=spec.seeds[0], acts=acts)
-    blocks = Partition(dict.fromkeys(splits.train.variables, best["size"]))
+    blocks = Partition(dict.fromkeys(splits.train.variables, int(best["size"])))
     return Alignment(model, splits.train.causal_model, best["site"], tau, blocks)
 
 

@@ -1,4 +1,7 @@
-"""Make the pictures in docs/explorer/ on the packaged models: python -m tests.apps.explorer_screenshots [NAME ...]."""
+"""Make the pictures in docs/explorer/ on the packaged models: python -m tests.apps.explorer_screenshots [NAME ...].
+
+The page Alignment shows the newest run of ``interp run tutorials/specs/alignments.yaml`` in ./runs.
+"""
 
 import io
 import shutil
@@ -27,6 +30,7 @@ SHOTS = {
         ["Compute six"],
     ),
     "jacobians": ({"page": "Jacobians", "layer": "6"}, ["Compute 8", "Compute the Jacobians", "Fit a lens"]),
+    "alignment": ({"page": "Alignment", "example": "3"}, []),
 }  # fmt: skip
 
 
@@ -38,6 +42,8 @@ def main(names: list[str]) -> None:
         browser = driver.chromium.launch(executable_path=path, headless=True, args=FLAGS)
         for name in names or SHOTS:
             fields, buttons = SHOTS[name]
+            if name == "alignment":
+                fields = fields | {"run": max(Path("runs").glob("alignment_sweep-*")).name}
             page = browser.new_page(viewport={"width": 1440, "height": 1000})
             print(name, flush=True)
             page.goto(f"{address}/?{urlencode(fields)}")

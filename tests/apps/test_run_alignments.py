@@ -151,6 +151,13 @@ def test_a_grid_shows_controls_beside_accuracies():
     assert all({"iia", "random", "shuffled", "selectivity"} <= set(cell) for cell in cells)
 
 
+def test_rows_of_a_grid_are_those_of_all_maps_where_one_has_no_control():
+    drawn = chart(sweep_of(), figure="grid").to_dict()
+    names = sorted({cell["map"] for cell in drawn["datasets"]["cells"]})
+    panels = [panel["layer"][0]["encoding"]["y"]["scale"]["domain"] for panel in drawn["hconcat"]]
+    assert panels == [names] * 4
+
+
 def test_no_such_figure():
     with pytest.raises(ArgumentError, match="frontier or grid"):
         chart(sweep_of(), figure="bars")
