@@ -261,7 +261,7 @@ def noun_classes(classes: Sequence[str] = NOUN_CLASSES) -> LabelledTexts:
 
 
 @dataclass(frozen=True)
-class EntityTable:
+class EntityTable(Rows):
     """Entities with several attributes.
 
     Attributes:
@@ -280,6 +280,14 @@ class EntityTable:
 
     def __len__(self) -> int:
         return len(self.entities)
+
+    def to_records(self) -> list[dict[str, str]]:
+        """One row for each entity, with its attributes."""
+        names = list(self.attributes)
+        return [
+            {"entity": entity} | dict(zip(names, values, strict=True))
+            for entity, *values in zip(self.entities, *self.attributes.values(), strict=True)
+        ]
 
     def take(self, rows: Sequence[int]) -> "EntityTable":
         """These entities, in this order."""
