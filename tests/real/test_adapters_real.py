@@ -63,9 +63,10 @@ def knows_0_to_4(digits):
 
 
 def test_an_adapted_transformer_learns_digits_that_it_did_not_know(digits):
+    """Rates of MP and MP+ were chosen on 600 of the 3,000 training images, the others being trained on."""
     model = knows_0_to_4(digits)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    (x, y), (x_test, y_test) = parts(digits, range(5, 10), 1200, 1000)
+    (x, y), (x_test, y_test) = parts(digits, range(5, 10), 3000, 1000)
     with torch.no_grad():
         tokens, tokens_test = (model(part).last_hidden_state for part in (x, x_test))
     accuracy = {"LP": LogisticProbe(0.1).fit(tokens[:, 0], y).score(tokens_test[:, 0], y_test)}
@@ -76,14 +77,14 @@ def test_an_adapted_transformer_learns_digits_that_it_did_not_know(digits):
     with PSRPAdapter.wrap(model, rank=16) as adapter:
         with torch.no_grad():
             torch.testing.assert_close(adapter(x_test).last_hidden_state, tokens_test, rtol=0, atol=0)
-        losses = train_adapter(adapter, head, lambda out: (out.last_hidden_state,), batches(x, y), epochs=20, lr=5e-3)
+        losses = train_adapter(adapter, head, lambda out: (out.last_hidden_state,), batches(x, y), epochs=20, lr=1e-2)
         with torch.no_grad():
             found = head(adapter(x_test).last_hidden_state).argmax(1)
     accuracy["MP+"] = float((found == y_test).float().mean())
     assert losses[-1] < losses[0] / 3
     print(accuracy)
     assert accuracy["LP"] > 0.5
-    assert accuracy["MP+"] > 0.8
-    assert accuracy["MP+"] > accuracy["LP"] + 0.03
+    assert accuracy["MP+"] > accuracy["MP"] + 0.02
+    assert accuracy["MP+"] > accuracy["LP"] + 0.06
     assert accuracy["MP"] > accuracy["LP"] + 0.03
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
