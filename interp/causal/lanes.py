@@ -32,7 +32,7 @@ class Lane:
         sites: Where it is cut.
         tau: The map.
         mask: Which coordinates of its code are whose [variables, code].
-        shuffle: Seed by which labels of training and validation are permuted, or None.
+        shuffle: Seed by which labels are permuted wherever this lane is fitted, or None.
         cache: Whether the lower network may be run once only.
         search: Neurons of each variable up to which the mask is searched for before scoring, or None.
         stages: The cut network for each pool, by the pool's identity.
@@ -62,13 +62,16 @@ class Lanes:
         lanes: Maps of one kind and width.
         data: The pairs.
         readout: ``candidates``: the answer is the best of the labels' tokens; ``vocabulary``: of all tokens.
+        fitting: Whether lanes are fitted to these pairs: labels are then permuted for those that ask for it.
 
     Raises:
         ShapeMismatchError: If a map does not fit its site.
         UnmatchedVariableError: If the network has no output for a label.
     """
 
-    def __init__(self, lanes: Sequence[Lane], data: InterchangeDataset, readout: Readout = "candidates"):
+    def __init__(
+        self, lanes: Sequence[Lane], data: InterchangeDataset, readout: Readout = "candidates", fitting: bool = False
+    ):  # fmt: skip
         self.lanes, self.data, self.readout = list(lanes), data, readout
         stages = _read_once(lanes, data)
         distinct = list({id(s): s for s in stages}.values())
@@ -82,8 +85,9 @@ class Lanes:
         self.members = [[i for i, place in enumerate(places) if place == one] for one in range(len(distinct))]
         self.mask = torch.stack([lane.mask for lane in lanes])
         self.uppers = [_Upper(stages, members) for members in _alike(stages)]
-        same = all(lane.shuffle is None for lane in lanes)
-        self.labels = torch.stack([_labels(lane, data) for lane in lanes[: 1 if same else None]])
+        seeds = [lane.shuffle if fitting else None for lane in lanes]
+        seeds = seeds if any(seed is not None for seed in seeds) else seeds[:1]
+        self.labels = torch.stack([data.labels if seed is None else data.shuffled(seed).labels for seed in seeds])
         self.needed = torch.cat([data.base[None], data.sources.where(data.chosen, data.base[:, None]).mT])
         self._answers_exist(stages[0])
 
@@ -157,17 +161,12 @@ class Lanes:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Float[Tensor, "lanes"]:
-    """Mean over rows, for every lane."""
+    """Mean over rows, for every lane; in float32 or better, whatever the network's dtype."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     if logits.shape[-1] == 2:  # log(1 + exp(other - right)): one pass instead of a softmax over rows of two
         return nn.functional.softplus((logits[..., 0] - logits[..., 1]) * (2 * targets - 1), threshold=40).mean(1)
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return losses.view(targets.shape).mean(1)
-
-
-def _labels(lane: Lane, data: InterchangeDataset) -> Int64[Tensor, "n"]:
-    if lane.shuffle is None or data.split not in ("train", "validation"):
-        return data.labels
-    return data.shuffled(lane.shuffle).labels
 
 
 def _read_once(lanes: Sequence[Lane], data: InterchangeDataset) -> list[Stage]:

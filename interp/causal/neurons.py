@@ -184,7 +184,7 @@ def search_lane(
         )
     if most is None or not 1 <= most <= width // len(names):
         raise ArgumentError(f"most={most}", f"1..{width // len(names)} neurons of {width} for each of {len(names)}")
-    data, held = Lanes([lane], evaluation, readout), bytes_of(budget)
+    data, held = Lanes([lane], evaluation, readout, fitting=True), bytes_of(budget)
     acts, taken, found = data.acts[0].clone(), [], []
     state = acts[evaluation.base]  # the bases, with the neurons that were taken already set
     tried = 0

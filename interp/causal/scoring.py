@@ -127,9 +127,10 @@ def _score(data: InterchangeDataset, right: Bool[Tensor, "n"], facts: _Facts, by
     model_right = facts.right[data.base]
     fair = model_right & (facts.right[data.sources] | ~data.chosen).all(1)
     plain, accuracy, sets = float(right.float().mean()), float(model_right.float().mean()), len(codes)
+    with_empty = plain if "none" in codes else (sets * plain + accuracy) / (sets + 1)
     return Score(
         data.split, n, _headline(right, flips), plain, share(flips), share(~flips), parts, accuracy,
-        (sets * plain + accuracy) / (sets + 1), share(fair), int(fair.sum()),
+        with_empty, share(fair), int(fair.sum()),
         {"do nothing": facts.nothing, "full swap": facts.full_swap, "best constant": constant},
     )  # fmt: skip
 

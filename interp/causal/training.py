@@ -186,7 +186,7 @@ def fit_lanes(
         ShapeMismatchError: If a map does not fit its site.
     """
     start = time.perf_counter()
-    held, data = Lanes(lanes, validation, training.readout), Lanes(lanes, train, training.readout)
+    held, data = (Lanes(lanes, pairs, training.readout, fitting=True) for pairs in (validation, train))
     for lane in lanes:
         refuse_not_invertible(lane.tau, lane.stage(validation).acts[:256], "before training")
     tau = stack([lane.tau for lane in lanes])
