@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.causal.complexity import complexity
-from interp.causal.controls import CONTROLS, Arms, ControlName
-from interp.causal.data import InterchangeDataset, Pool, Splits
+from interp.causal.controls import CONTROLS, Arms, ControlName, refuse_permuted
+from interp.causal.data import InterchangeDataset, Pool, Splits, refuse_shared_pairs
 from interp.causal.examples import interchange_examples
 from interp.causal.lanes import Lane, Lanes
 from interp.causal.maps import AlignmentMap, stack
@@ -87,7 +87,8 @@ class Alignment:
             progress: Told of every validation.
 
         Raises:
-            DegenerateDataError: If there are no validation pairs.
+            DegenerateDataError: If there are no validation pairs, they are among the training pairs, or nothing can be
+                concluded from the training pairs (`InterchangeDataset.check`).
             UnmatchedVariableError: If the pairs intervene on a variable without a block.
             NonInvertibleMapError: If the map does not undo itself on real activations.
         """
@@ -98,8 +99,12 @@ class Alignment:
         training = Training() if training is None else training
         self._same_variables(train)
         self._same_variables(validation)
+        train.check()
+        refuse_shared_pairs(train, validation)
         self.result = fit_lanes([self.lane], train, validation, training, seed=seed, progress=progress)[0]
-        self.training, self._data, self._seed = training, (train, validation), seed
+        before = 0 if self.training is None else self.training.steps  # of a map that goes on: controls get as many
+        self.training = replace(training, steps=training.steps + before)
+        self._data, self._seed = (train, validation), seed
         return self.result
 
     def searched(self, search: NeuronSearch, lane: Lane, evaluation: InterchangeDataset, training: Training) -> None:
@@ -116,7 +121,8 @@ class Alignment:
         """Score the map on held-out pairs, and train the control arms with the same pairs and budget.
 
         Args:
-            tests: One split or several, the headline's first.
+            tests: One split or several, the headline's first. An alignment that was loaded needs the `Splits` that it
+                was trained on, since its controls are trained on the same pairs.
             controls: Which: ``random_model``, ``shuffle``, ``wrong_algorithm`` (needs ``wrong``), ``permuted``.
             seeds: Untrained networks of the first.
             restarts: Maps trained on each, of which the best counts.
@@ -127,15 +133,22 @@ class Alignment:
             progress: Told of every validation.
 
         Raises:
-            ArgumentError: If a control is unknown, or needs what is not given.
-            DegenerateDataError: If a split is the training split.
+            ArgumentError: If a control or kind of groups is unknown, or a control needs what is not given.
+            DegenerateDataError: If a split shares a pair with those that were trained on or chose, answers of one of
+                its pairs begin with one token, or it has too few inputs to measure the map.
         """
-        if unknown := [c for c in controls if c not in CONTROLS]:
-            raise ArgumentError(f"controls {unknown}", f"some of {', '.join(CONTROLS)}")
         named = _named(tests)
         for data in named:
             self._same_variables(data)
+            data.refuse_shared_tokens()
+            if unknown := [kind for kind in by if kind not in data.pool.groups]:
+                raise ArgumentError(f"by={unknown}", f"some of {', '.join(data.pool.groups) or 'no groups'}")
+        self._controllable(tests, controls, seeds, restarts, wrong)
+        for data in named:
+            for fitted in self._data or ():
+                refuse_shared_pairs(fitted, data)
         training = self.training or Training()
+        measured = complexity(self.tau, self.lane.stage(named[0]).acts, self.mask) if measure else {}
         scores = [score_lanes([self.lane], data, training.readout, by)[0] for data in named]
         arms = Arms(self.lane, self._data, named[0], training, self._seed, progress)
         found = {}
@@ -148,7 +161,6 @@ class Alignment:
                 found[name] = arms.wrong_algorithm(wrong)
             else:
                 found[name] = arms.permuted(self.partition, self.variables)
-        measured = complexity(self.tau, self.lane.stage(named[0]).acts, self.mask) if measure else {}
         fit = asdict(self.result) if self.result else {}
         report = AlignmentReport(
             f"{self.tau} at {self.sites}, {self.causal_model.name}", str(training), scores, found, measured, fit
@@ -213,6 +225,30 @@ class Alignment:
         """
         self._same_variables(data)
         return interchange_examples(self, data, n)
+
+    def _controllable(
+        self, tests: Any, controls: Sequence[str], seeds: int, restarts: int, wrong: CausalModel | None
+    ) -> None:  # fmt: skip
+        """Refuse controls that cannot be run, before any is."""
+        if unknown := [c for c in controls if c not in CONTROLS]:
+            raise ArgumentError(f"controls {unknown}", f"some of {', '.join(CONTROLS)}")
+        if seeds < 1 or restarts < 1:
+            raise ArgumentError(f"seeds={seeds}, restarts={restarts}", "at least 1 of each")
+        if "permuted" in controls:
+            refuse_permuted(self.tau.kind, self.variables)
+        if "wrong_algorithm" in controls and wrong is None:
+            raise ArgumentError("controls=('wrong_algorithm',) without wrong=", "wrong=, another algorithm")
+        if self.result is None or self._data is not None or not set(controls) - {"permuted"}:
+            return
+        searched = self.tau.kind == "identity" and self.result.steps > 0
+        if searched or not isinstance(tests, Splits):
+            raise ArgumentError(
+                "controls of an alignment that was loaded without the pairs that it was trained on",
+                "the same pairs, to train the controls with", "controls=(), " + (
+                    "or greedy_neurons(...) again" if searched else "or evaluate(splits), the Splits it was trained on"
+                ),
+            )  # fmt: skip
+        self._data = (tests.train, tests.validation)
 
     def _same_variables(self, data: InterchangeDataset) -> None:
         if data.variables != self.variables:

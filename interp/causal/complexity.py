@@ -46,7 +46,7 @@ def complexity(
         found |= {f"{name} median": float(values.median()), f"{name} max": float(values.max())}
     if isinstance(tau, RevNetMap):
         found["stretch bound"] = tau.lipschitz_bound()
-    found["nonlinearity"] = nonlinearity(tau, acts)
+    found["nonlinearity"] = nonlinearity(tau, acts) if tau.kind == "revnet" else 0.0  # the others are one matrix
     return found
 
 
@@ -58,7 +58,7 @@ def sizes(tau: AlignmentMap, mask: Bool[Tensor, "variables code"]) -> dict[str, 
         >>> sizes(RevNetMap(4, blocks=1, hidden=2), Partition({"v": 2}).mask(["v"], 4))["parameters"]
         24.0
     """
-    counts = mask.sum(1).tolist()
+    counts = (mask if tau.kind != "boundless" else _learned(tau, mask)).sum(1).tolist()
     found = {"parameters": float(tau.num_parameters), "effective dimension": tau.effective_dimension(counts)}
     if isinstance(tau, IdentityMap):
         found["effective dimension"] = _multinomial_bits(tau.width, counts)
@@ -84,6 +84,16 @@ def largest_singular_values(
     return size.detach()
 
 
+def refuse_few(rows: int, width: int) -> None:
+    """Refuse too few activations for an affine fit.
+
+    Raises:
+        DegenerateDataError: If there are fewer than four for each coordinate.
+    """
+    if rows < 4 * width:
+        raise DegenerateDataError(f"{rows} activations of width {width}", f"at least {4 * width}", "measure=False")
+
+
 @torch.no_grad()
 def nonlinearity(tau: AlignmentMap, acts: Float[Tensor, "rows width"]) -> float:
     """Return 1 - R² of the best affine fit to τ: fitted on one half of the activations, measured on the other.
@@ -92,8 +102,7 @@ def nonlinearity(tau: AlignmentMap, acts: Float[Tensor, "rows width"]) -> float:
         DegenerateDataError: If there are too few activations for such a fit.
     """
     x = acts[: 16 * max(_ROWS, tau.width)].double()
-    if len(x) < 4 * tau.width:
-        raise DegenerateDataError(f"{len(x)} activations of width {tau.width}", f"at least {4 * tau.width}")
+    refuse_few(len(x), tau.width)
     z = tau.encode(x.to(tau.dtype))[0].double()
     x = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1)
     half = len(x) // 2
@@ -165,6 +174,14 @@ def codelength(
                 loss = cross_entropy(coded.logits(trained, rows), coded.targets(rows))
                 total += bits(float(loss)) * len(rows)
     return {"bits": total, "bits per pair": total / ends[-1], "compression": ends[-1] * math.log2(labels) / total}
+
+
+def _learned(tau: AlignmentMap, mask: Tensor) -> Tensor:
+    """The blocks that a map has learned, as they are in evaluation."""
+    training = tau.training
+    blocks = tau.eval().weights(mask)
+    tau.train(training)
+    return blocks
 
 
 def _multinomial_bits(width: int, sizes: Sequence[int]) -> float:

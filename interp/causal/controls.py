@@ -26,6 +26,18 @@ _TOGETHER = 12  # lanes in one stack
 _SEED = 10_000  # seeds of controls begin here
 
 
+def refuse_permuted(kind: str, variables: Sequence[str]) -> None:
+    """Refuse to exchange blocks where there is one, or where the map has learned its own and uses no others.
+
+    Raises:
+        ArgumentError: If so.
+    """
+    if len(variables) < 2:
+        raise ArgumentError("a permuted control with one variable", "at least two variables to permute")
+    if kind == "boundless":
+        raise ArgumentError("a permuted control of a map that learns its blocks", "a map whose blocks are given")
+
+
 class Arms:
     """The control arms of one trained lane.
 
@@ -93,12 +105,7 @@ class Arms:
 
     def wrong_algorithm(self, wrong: CausalModel | None) -> Control:
         """Another algorithm on the same pairs."""
-        if wrong is None:
-            raise ArgumentError(
-                "controls=('wrong_algorithm',) without wrong=",
-                "another algorithm on the same inputs",
-                "wrong=CausalModel(...)",
-            )
+        assert wrong is not None
         test = self.test.under(wrong)
         if len(test.labels.unique()) < 2:
             raise DegenerateDataError(
@@ -118,8 +125,6 @@ class Arms:
 
     def permuted(self, partition: Partition, variables: Sequence[str]) -> Control:
         """The trained map with each variable's block given to the next variable."""
-        if len(partition.variables) < 2:
-            raise ArgumentError("controls=('permuted',) with one variable", "at least two variables to permute")
         mask = partition.permuted(self.lane.tau.code_width).mask(variables, self.lane.tau.code_width)
         lane = copy.copy(self.lane)
         lane.mask = mask
@@ -131,9 +136,10 @@ class Arms:
         tau = self.lane.tau
         if tau.kind in ("identity", "dictionary"):
             return tau
-        acts = self.lane.stage(self.test).acts
+        data = self.test if self.data is None else self.data[0]
+        acts = self.lane.stage(data).acts
         if tau.kind == "pca" and model is not None:
-            acts = Lane(model, self.lane.sites, tau, self.lane.mask).stage(self.test).acts
+            acts = Lane(model, self.lane.sites, tau, self.lane.mask).stage(data).acts
         return build_map(tau.spec(), tau.width, seed=_SEED + seed, acts=acts, dtype=tau.dtype)
 
     def _like(self, tau: AlignmentMap, shuffle: int | None = None) -> Lane:

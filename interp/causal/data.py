@@ -28,6 +28,17 @@ class Pool:
     groups: dict[str, Tensor] = field(default_factory=dict, repr=False)
     candidates: Int64[Tensor, "m labels"] | None = field(default=None, repr=False)
 
+    def __post_init__(self):
+        """Refuse values that are not one for each input.
+
+        Raises:
+            ShapeMismatchError: Naming what has another number.
+        """
+        counts = {name: len(values) for name, values in (*self.settings.items(), *self.groups.items())}
+        counts |= {} if self.candidates is None else {"candidates": len(self.candidates)}
+        if wrong := {name: count for name, count in counts.items() if count != len(self.inputs)}:
+            raise ShapeMismatchError(f"{len(self.inputs)} inputs with values of {wrong}", "one value for each input")
+
     def __len__(self) -> int:
         return len(self.inputs)
 
@@ -74,13 +85,15 @@ class InterchangeDataset:
         """Pair inputs of a pool, and ask the algorithm for the labels.
 
         Raises:
-            UnmatchedVariableError: If a variable is not the algorithm's.
-            ShapeMismatchError: If there is not one source for each base and variable.
+            UnmatchedVariableError: If a variable is not the algorithm's, or the pool has no values of it.
+            ShapeMismatchError: If there is not one source for each base and variable, or a number is no input's.
             DegenerateDataError: If there are no pairs.
         """
         names = tuple(variables or causal_model.variables)
         if unknown := [v for v in names if v not in causal_model.variables]:
             raise UnmatchedVariableError(f"variables {unknown}", f"some of {', '.join(causal_model.variables)}")
+        if missing := [v for v in (*causal_model.inputs, *names, OUTPUT) if v not in pool.settings]:
+            raise UnmatchedVariableError(f"a pool without values of {', '.join(missing)}", "Task.pool(inputs)")
         if sources.shape != (len(base), len(names)) or chosen.shape != sources.shape:
             raise ShapeMismatchError(
                 f"{len(base)} bases, sources {list(sources.shape)}, chosen {list(chosen.shape)}",
@@ -89,6 +102,9 @@ class InterchangeDataset:
         if not len(base):
             raise DegenerateDataError(f"split {split!r} without pairs", "at least one")
         sources = torch.where(chosen, sources, base[:, None])
+        used = torch.cat([base, sources.flatten()])
+        if int(used.min()) < 0 or int(used.max()) >= len(pool):
+            raise ShapeMismatchError(f"inputs {int(used.min())}..{int(used.max())}", f"0..{len(pool) - 1}, the pool's")
         labels = _labels(causal_model, names, pool, base, sources, chosen)
         return cls(causal_model, names, pool, base, sources, chosen, labels, split, seed)
 
@@ -163,6 +179,14 @@ class InterchangeDataset:
                 raise DegenerateDataError(f"{self.split}: all labels equal where {name} is set", "both labels")
         if not self.flips.any():
             raise DegenerateDataError(f"{self.split}: no intervention changes a label", "pairs that flip")
+        self.refuse_shared_tokens()
+
+    def refuse_shared_tokens(self) -> None:
+        """Refuse pairs two of whose answers are one token.
+
+        Raises:
+            DegenerateDataError: Saying how many.
+        """
         if self.candidates is not None:
             same = self.candidates.sort(1).values.diff(dim=1).eq(0).any(1)
             if same.any():

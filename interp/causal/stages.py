@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class HookStage(Stage):
     def logits(self, h, rows, candidates=None):
         """One run with an edit at each site."""
         batch, start, plan = self.model.batch(self.pool.take(rows)), 0, []
-        for site, width in zip(self.sites, self._widths, strict=True):
+        for site, width in zip(self.sites, self.widths, strict=True):
             plan.append(_Put(site, h[:, start : start + width]))
             start += width
         edits = resolve_plan(self.model, batch, plan)
@@ -76,8 +77,9 @@ class HookStage(Stage):
             output = self.model.forward(batch)
         return picked(last_logits(batch, output), candidates)
 
-    @property
-    def _widths(self) -> list[int]:
+    @cached_property
+    def widths(self) -> list[int]:
+        """Number of coordinates of each site."""
         first = self.pool.take(torch.arange(1))
         values = self.model.capture(first, [str(s) for s in self.sites])
         return [values[str(s)][0].numel() for s in self.sites]
@@ -149,6 +151,8 @@ def cut(model: Model, sites: SiteLike | Sequence[SiteLike], pool: Pool, cache: b
         model.resolve(places)
     except SiteError as error:
         raise SiteNotFoundError(error.given, error.needed, error.do) from error
+    if len({str(place) for place in places}) < len(places) or not places:
+        raise ShapeMismatchError(f"sites {', '.join(map(str, places))}", "different sites, at least one")
     guards.refuse_training(model.module)
     if cache and len(places) == 1:
         if rest_of_chain(model.module, places[0]) is not None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -11,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interp.causal.complexity import complexity
+from interp.causal.complexity import complexity, refuse_few
 from interp.causal.complexity import sizes as map_sizes
+from interp.causal.controls import refuse_permuted
 from interp.causal.data import InterchangeDataset, Pool, Splits
 from interp.causal.flexible_maps import build_map
 from interp.causal.kept import Kept
@@ -102,7 +104,9 @@ def sweep(
         progress: Told of every validation.
 
     Raises:
-        ArgumentError: If a list is empty or repeats itself, or networks and seeds do not match.
+        ArgumentError: If a list is empty or repeats itself, networks and seeds do not match, or blocks are to be
+            permuted that a map learns, or of one variable.
+        DegenerateDataError: If there are too few test inputs to measure a map.
         SiteNotFoundError: If a site does not exist.
         ShapeMismatchError: If blocks do not fit a site.
         RunError: If another process works in the folder.
@@ -123,11 +127,8 @@ def sweep(
     plan = _Plan(
         networks, given, data, training or Training(), restarts, wrong, permuted, measure, cache
     )  # fmt: skip
-    if restarts < 1 or lanes < 1 or (permuted and len(plan.variables) < 2):
-        raise ArgumentError(
-            f"restarts={restarts}, lanes={lanes}, permuted={permuted} with {len(plan.variables)} variables",
-            "at least 1, at least 1, and two variables to permute",
-        )
+    if restarts < 1 or lanes < 1:
+        raise ArgumentError(f"restarts={restarts}, lanes={lanes}", "at least 1 of each")
     cells = _cells(plan, sites, maps, sizes)
     with Kept(path) as kept:
         rows = _rows(plan, cells, kept, lanes, progress)
@@ -195,6 +196,10 @@ def _cells(
         for place, size in ((p, s) for p in places for s in sizes):
             width = widths[place]
             tau = build_map(spec, width, acts=torch.eye(width))
+            if plan.permuted:
+                refuse_permuted(tau.kind, plan.variables)
+            if plan.measure and tau.kind == "revnet":
+                refuse_few(len(plan.data.test.pool), width)
             Partition(dict.fromkeys(plan.variables, size)).mask(plan.variables, tau.code_width)
             found += [_Cell(name, spec, place, width, size, seed) for seed in plan.models]
     return found
@@ -359,9 +364,9 @@ class _Fingerprint:
         import interp
         from interp.store.files import weights_sha256
 
-        hashes: dict[int, str] = {}
+        hashes: dict[int, str] = {}  # of weights and modules: one set of weights may belong to two architectures
         for model in (*plan.models.values(), *(plan.random_models or {}).values()):
-            hashes.setdefault(id(model), weights_sha256(model))
+            hashes.setdefault(id(model), weights_sha256(model) + re.sub("0x[0-9a-f]+", "", f"{model.module}"))
         self.networks = {seed: hashes[id(model)] for seed, model in plan.models.items()}
         self.random = {seed: hashes[id(model)] for seed, model in (plan.random_models or {}).items()}
         splits = [_content(d) for d in (plan.data.train, plan.data.validation, *plan.data.tests.values())]
