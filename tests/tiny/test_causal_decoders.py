@@ -104,3 +104,35 @@ def test_a_sweep_over_a_decoder_is_the_same_both_ways():
         assert [r[key] for r in short.rows] == pytest.approx([r[key] for r in whole.rows], abs=1e-3)
     assert {r["site"] for r in short.rows} == {SITE, "blocks.0.hook_resid_post@last"}
     assert {r["random restarts"][0] == r["random"] for r in short.rows} == {True}
+
+
+def put_by_hand(module, block, ids, h):
+    """Logits behind one text alone, with h put in by a plain hook."""
+
+    def put(_, __, output):
+        stream = output[0] if isinstance(output, tuple) else output
+        stream = torch.cat([stream[:, :-1], h[None, None]], 1)
+        return (stream, *output[1:]) if isinstance(output, tuple) else stream
+
+    handle = block.register_forward_hook(put)
+    try:
+        return module(input_ids=torch.tensor([ids])).logits[0, -1]
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mistral"])
+def test_long_texts_behind_short_ones_are_answered_as_each_alone(family, side):
+    module, generator = build(family), torch.Generator().manual_seed(3)
+    inputs = [torch.randint(3, 60, (n,), generator=generator).tolist() for n in (2, 1, 3, 2, 14, 9, 1)]
+    model = interp.attach(module)
+    blocks = module.transformer.h if family == "gpt2" else module.model.layers
+    batch, rows = model.batch, torch.tensor([4, 1, 5, 6, 4])
+    model.batch = lambda x, padding_side=None: batch(x, padding_side or side)
+    for cache in (True, False):
+        stage = cut(model, SITE, pool_of(inputs), cache=cache)
+        h = stage.acts[rows] + torch.randn(5, stage.width, generator=generator)
+        wanted = [put_by_hand(module, blocks[1], inputs[i], one) for i, one in zip(rows.tolist(), h, strict=True)]
+        torch.testing.assert_close(stage.logits(h, rows), torch.stack(wanted), rtol=1e-4, atol=1e-4)
