@@ -257,6 +257,11 @@ class Alignment:
                 f"the variables with a block: {', '.join(self.variables)}",
                 "give each variable a block, or draw pairs with task.with_variables(...)",
             )
+        if data.causal_model.name != self.causal_model.name:
+            raise UnmatchedVariableError(
+                f"pairs with labels of {data.causal_model.name!r}", f"labels of {self.causal_model.name!r}",
+                "InterchangeDataset.under(algorithm) asks another algorithm for the labels",
+            )  # fmt: skip
 
     def __repr__(self) -> str:
         return f"Alignment({self.causal_model.name!r}, {self.sites}, {self.tau}, {self.partition})"

@@ -151,7 +151,10 @@ class Lanes:
         return -(shares * shares.clamp(min=1e-300).log()).sum(1).expand(len(self))
 
     def _answers_exist(self, stage: Stage) -> None:
-        if self.data.candidates is not None:
+        candidates, labels = self.data.pool.candidates, self.data.causal_model.labels
+        if candidates is not None:
+            if candidates.shape[1] != labels:
+                raise UnmatchedVariableError(f"{candidates.shape[1]} candidates", f"one for each of {labels} labels")
             return
         count, highest = stage.plain(self.data.base[:1]).shape[1], int(self.data.labels.max())
         if highest >= count or self.data.causal_model.labels > count:

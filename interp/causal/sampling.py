@@ -79,12 +79,17 @@ class Task:
                 has inputs of its own.
 
         Raises:
-            ArgumentError: If n, the share or the sets are not legal.
+            ArgumentError: If n, the share or the sets are not legal, or ``inputs`` is given for a task whose sources
+                depend on their bases.
             DegenerateDataError: If no source changes, or keeps, a label.
         """
         share = self.flip if flip == "task" else flip
         if n < 1 or (inputs is not None and inputs < 2) or not (share is None or 0 <= float(share) <= 1):
             raise ArgumentError(f"n={n}, inputs={inputs}, flip={flip!r}", "at least 1, at least 2, a share or None")
+        if inputs is not None and self.source is not None:
+            raise ArgumentError(
+                f"inputs={inputs} of {self.name}, whose sources depend on their bases", "inputs=None", "more pairs"
+            )
         generator = Generator().manual_seed(seed)
         sets = self._sets(interventions)
         chosen = sets[torch.randint(len(sets), (n,), generator=generator)]

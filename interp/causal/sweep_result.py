@@ -48,6 +48,8 @@ class Frontier(Rows):
     def __repr__(self) -> str:
         shown = ("site", "map", "size", self.complexity, "value", "low", "high", "random", "best", "random best")
         rows = [{k: _cell(r[k]) for k in shown} | {"frontier": "*" if r["on frontier"] else ""} for r in self.rows]
+        for row, kept in zip(rows, self.rows, strict=True):
+            row["random"] += "" if kept["random trained"] else " (not trained)"
         areas = ", ".join(f"{site} {area:+.3f}" for site, area in self.areas.items())
         title = f"{self.measure} against {self.complexity}"
         return f"{Table(rows, title)}\nmean distance of the curves over log10(1 + {self.complexity}): {areas}"

@@ -6,6 +6,7 @@ import torch
 import interp
 from interp.causal import (
     Alignment,
+    CausalModel,
     IdentityMap,
     InterchangeDataset,
     OrthogonalMap,
@@ -13,6 +14,7 @@ from interp.causal import (
     Pool,
     RevNetMap,
     Training,
+    distributive_law,
     greedy_neurons,
     hierarchical_equality,
     load_alignment,
@@ -23,6 +25,7 @@ from interp.causal import (
 from interp.causal.complexity import sizes
 from interp.causal.flexible_maps import BoundlessMap
 from interp.causal.lanes import Lanes, cross_entropy
+from interp.causal.report import Control
 from interp.causal.scoring import score_lanes
 from interp.causal.stages import HookStage, cut
 from interp.hooks.errors import ArgumentError, DegenerateDataError, ShapeMismatchError, UnmatchedVariableError
@@ -169,3 +172,39 @@ def test_pairs_that_were_trained_on_are_not_reported_under_another_name():
     found.fit(SPLITS, training=SHORT)
     with pytest.raises(DegenerateDataError, match="in both train and held out"):
         found.evaluate(SPLITS.train.take(torch.arange(100), split="held out"), controls=())
+
+
+def test_pairs_of_another_algorithm_with_the_same_variables_are_refused():
+    law = [distributive_law(name) for name in ("and_or", "and_or_and")]
+    found = Alignment(
+        interp.attach(mlp(law[0])), law[0].causal_model, "block1", IdentityMap(24), Partition({"v1": 2, "v2": 2})
+    )
+    with pytest.raises(UnmatchedVariableError, match="and-or-and"):
+        found.evaluate(law[1].sample(50, seed=0), controls=())
+
+
+def test_sources_that_depend_on_their_bases_are_not_joined_by_number():
+    with pytest.raises(ArgumentError, match="depend on their bases"):
+        hierarchical_equality("first_argument").sample(50, seed=0, inputs=20)
+
+
+def test_all_maps_of_permuted_labels_count():
+    values, trained = [0.5, 0.7], [True, False]
+    assert Control("shuffle", values, trained, "").value == 0.6
+    assert Control("random_model", values, trained, "").value == 0.5
+
+
+def test_one_candidate_for_each_label():
+    pool = SPLITS.test.pool
+    three = CausalModel(
+        TASK.causal_model.inputs, {"v1": (["x1", "x2"], lambda a, b: (a == b).all(-1))},
+        (["v1"], lambda v: v.long() * 2), labels=3,
+    )  # fmt: skip
+    pool = Pool(
+        pool.inputs, three.run({i: pool.settings[i] for i in three.inputs}), {}, torch.arange(2).expand(len(pool), -1)
+    )
+    rows = torch.arange(20)
+    data = InterchangeDataset.pair(three, pool, rows, rows[:, None].flip(0), torch.ones(20, 1, dtype=torch.bool))
+    lane = Alignment(MODEL, three, "block1", IdentityMap(16), Partition({"v1": 8})).lane
+    with pytest.raises(UnmatchedVariableError, match="2 candidates"):
+        Lanes([lane], data)
