@@ -17,7 +17,7 @@ from interp.hooks.errors import ArgumentError, NonInvertibleMapError, ShapeMisma
 
 Code = tuple[Tensor, Tensor | None]
 _PRECISE = (torch.float32, torch.float64)
-_WARN_CONDITION, _MOST_CONDITION = 1e4, 1e7
+_MOST_CONDITION = 1e7
 
 
 class AlignmentMap(nn.Module):

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,11 +14,13 @@ from torch import Tensor
 from interp.causal.data import InterchangeDataset
 from interp.causal.lanes import Lane, Lanes, Readout
 from interp.causal.maps import AlignmentMap, refuse_not_invertible, stack, unstack
+from interp.causal.report import CausalAbstractionWarning
 from interp.hooks.errors import ArgumentError, NonInvertibleMapError
 from interp.hooks.table import Rows
 
 Progress = Callable[[str], None]
 _LEFT_CHANCE = 0.02  # a validation loss that far below a constant guess's has left the plateau
+_WARN_CONDITION = 1e4
 _HALVED_AFTER = 10  # epochs without a better training loss
 
 
@@ -199,6 +202,10 @@ def fit_lanes(
         parameter.data.copy_(watch.kept[name])
     unstack(tau, [lane.tau for lane in lanes])
     errors = [refuse_not_invertible(lane.tau, lane.stage(validation).acts[:256], "after training") for lane in lanes]
+    for lane in lanes:
+        if (condition := lane.tau.condition()) > _WARN_CONDITION:
+            text = f"{lane.tau} at {lane.sites}: condition number {condition:.1e} after training, above 1e4"
+            warnings.warn(text, CausalAbstractionWarning, stacklevel=2)
     seconds = time.perf_counter() - start
     return [
         Fit(

@@ -6,9 +6,11 @@ import torch
 import interp
 from interp.causal import (
     Alignment,
+    CausalAbstractionWarning,
     CausalModel,
     IdentityMap,
     InterchangeDataset,
+    InvertibleMap,
     OrthogonalMap,
     Partition,
     Pool,
@@ -208,3 +210,11 @@ def test_one_candidate_for_each_label():
     lane = Alignment(MODEL, three, "block1", IdentityMap(16), Partition({"v1": 8})).lane
     with pytest.raises(UnmatchedVariableError, match="2 candidates"):
         Lanes([lane], data)
+
+
+def test_a_matrix_that_is_nearly_singular_is_said():
+    found = align(InvertibleMap(16, dtype=torch.float64))
+    with torch.no_grad():
+        found.tau.weight.copy_(torch.diag(torch.tensor([1e-5] + [1.0] * 15, dtype=torch.float64)))
+    with pytest.warns(CausalAbstractionWarning, match="condition number"):
+        found.fit(SPLITS, training=Training(steps=1, batch_size=50, lr=1e-9))
