@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.causal.complexity import complexity
-from interp.causal.controls import CONTROLS, Arms, ControlName, refuse_permuted
+from interp.causal.controls import CONTROLS, Arms, ControlName, refuse_permuted, refuse_wrong
 from interp.causal.data import InterchangeDataset, Pool, Splits, refuse_shared_pairs
 from interp.causal.examples import interchange_examples
 from interp.causal.lanes import Lane, Lanes
@@ -143,7 +143,7 @@ class Alignment:
             data.refuse_shared_tokens()
             if unknown := [kind for kind in by if kind not in data.pool.groups]:
                 raise ArgumentError(f"by={unknown}", f"some of {', '.join(data.pool.groups) or 'no groups'}")
-        self._controllable(tests, controls, seeds, restarts, wrong)
+        self._controllable(tests, named, controls, seeds, restarts, wrong)
         for data in named:
             for fitted in self._data or ():
                 refuse_shared_pairs(fitted, data)
@@ -227,7 +227,8 @@ class Alignment:
         return interchange_examples(self, data, n)
 
     def _controllable(
-        self, tests: Any, controls: Sequence[str], seeds: int, restarts: int, wrong: CausalModel | None
+        self, tests: Any, named: Sequence[InterchangeDataset], controls: Sequence[str], seeds: int, restarts: int,
+        wrong: CausalModel | None,
     ) -> None:  # fmt: skip
         """Refuse controls that cannot be run, before any is."""
         if unknown := [c for c in controls if c not in CONTROLS]:
@@ -236,8 +237,8 @@ class Alignment:
             raise ArgumentError(f"seeds={seeds}, restarts={restarts}", "at least 1 of each")
         if "permuted" in controls:
             refuse_permuted(self.tau.kind, self.variables)
-        if "wrong_algorithm" in controls and wrong is None:
-            raise ArgumentError("controls=('wrong_algorithm',) without wrong=", "wrong=, another algorithm")
+        if "wrong_algorithm" in controls:
+            refuse_wrong(named[0], wrong)
         if self.result is None or self._data is not None or not set(controls) - {"permuted"}:
             return
         searched = self.tau.kind == "identity" and self.result.steps > 0

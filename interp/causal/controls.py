@@ -38,6 +38,24 @@ def refuse_permuted(kind: str, variables: Sequence[str]) -> None:
         raise ArgumentError("a permuted control of a map that learns its blocks", "a map whose blocks are given")
 
 
+def refuse_wrong(test: InterchangeDataset, wrong: CausalModel | None) -> InterchangeDataset:
+    """Return test pairs with another algorithm's labels, and refuse one that is no control.
+
+    Raises:
+        ArgumentError: If there is none.
+        ShapeMismatchError: If it has another number of variables.
+        DegenerateDataError: If it gives one label to all pairs.
+    """
+    if wrong is None:
+        raise ArgumentError("controls=('wrong_algorithm',) without wrong=", "wrong=, another algorithm")
+    found = test.under(wrong)
+    if len(found.labels.unique()) < 2:
+        raise DegenerateDataError(
+            f"wrong algorithm {wrong.name} with one label on all test pairs", "an algorithm with several labels"
+        )
+    return found
+
+
 class Arms:
     """The control arms of one trained lane.
 
@@ -105,12 +123,8 @@ class Arms:
 
     def wrong_algorithm(self, wrong: CausalModel | None) -> Control:
         """Another algorithm on the same pairs."""
+        test = refuse_wrong(self.test, wrong)
         assert wrong is not None
-        test = self.test.under(wrong)
-        if len(test.labels.unique()) < 2:
-            raise DegenerateDataError(
-                f"wrong algorithm {wrong.name} with one label on all test pairs", "an algorithm with several labels"
-            )
         lane = self._like(self.fresh(0))
         fits: list[Fit] = []
         if self.data is not None and (lane.tau.num_parameters or lane.search):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from interp.causal.complexity import complexity, refuse_few
 from interp.causal.complexity import sizes as map_sizes
-from interp.causal.controls import refuse_permuted
+from interp.causal.controls import refuse_permuted, refuse_wrong
 from interp.causal.data import InterchangeDataset, Pool, Splits
 from interp.causal.flexible_maps import build_map
 from interp.causal.kept import Kept
@@ -130,6 +130,9 @@ def sweep(
     if restarts < 1 or lanes < 1:
         raise ArgumentError(f"restarts={restarts}, lanes={lanes}", "at least 1 of each")
     cells = _cells(plan, sites, maps, sizes)
+    data.train.check()
+    for test in data.tests.values() if wrong is not None else ():
+        refuse_wrong(test, wrong)
     with Kept(path) as kept:
         rows = _rows(plan, cells, kept, lanes, progress)
     pairs = f"{len(data.train)} training pairs"
@@ -172,14 +175,14 @@ def _networks(models: Model | Sequence[Model], seeds: Sequence[int]) -> dict[int
 
 def check_cells(
     model: Model, data: Splits, sites: Sequence[SiteLike], maps: Sequence[MapSpec] | Mapping[str, MapSpec],
-    sizes: Sequence[int],
+    sizes: Sequence[int], measure: bool = False,
 ) -> None:  # fmt: skip
     """Refuse sites, maps and sizes that do not fit a network, without training anything.
 
     Raises:
         InterpError: As `sweep` does.
     """
-    _cells(_Plan({0: model}, None, data, Training(), 1, None, False, False, True), sites, maps, sizes)
+    _cells(_Plan({0: model}, None, data, Training(), 1, None, False, measure, True), sites, maps, sizes)
 
 
 def _cells(

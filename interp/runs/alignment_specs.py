@@ -119,11 +119,12 @@ class AlignmentSweepSpec(Spec):
             InterpError: If a site does not exist, or a map or a block does not fit it.
         """
         task = self.made()
-        splits = task.splits(_TRIED, _TRIED, _TRIED)
+        splits = task.splits(_TRIED, _TRIED, min(_TRIED, self.pairs.test), seed=self.pairs.seed)
         for spec in self.maps:
             if not isinstance(spec, str) and not isinstance(spec.get("kind"), str):
                 raise ArgumentError(f"map {spec}", "a kind, with its options")
-        check_cells(attach(mlp(task, blocks=self.network.blocks)), splits, self.sites, self.maps, self.sizes)
+        network = attach(mlp(task, blocks=self.network.blocks))
+        check_cells(network, splits, self.sites, self.maps, self.sizes, self.measure)
         return functools.partial(_compute, self, task)
 
 

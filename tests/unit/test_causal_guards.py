@@ -31,6 +31,7 @@ from interp.causal.report import Control
 from interp.causal.scoring import score_lanes
 from interp.causal.stages import HookStage, cut
 from interp.hooks.errors import ArgumentError, DegenerateDataError, ShapeMismatchError, UnmatchedVariableError
+from interp.runs.alignment_specs import AlignmentSweepSpec, PairsSpec
 
 TASK = hierarchical_equality("both")
 SPLITS = TASK.splits(300, 120, 100)
@@ -218,3 +219,25 @@ def test_a_matrix_that_is_nearly_singular_is_said():
         found.tau.weight.copy_(torch.diag(torch.tensor([1e-5] + [1.0] * 15, dtype=torch.float64)))
     with pytest.warns(CausalAbstractionWarning, match="condition number"):
         found.fit(SPLITS, training=Training(steps=1, batch_size=50, lr=1e-9))
+
+
+@pytest.mark.parametrize("work", [
+    lambda wrong: align(_Never(16)).evaluate(SPLITS.test, controls=("random_model", "wrong_algorithm"), wrong=wrong),
+    lambda wrong: sweep(MODEL, SPLITS, ["block1"], ["orthogonal"], sizes=[2], wrong=wrong, progress=_refuse_progress),
+])  # fmt: skip
+def test_a_wrong_algorithm_that_is_no_control_is_refused_before_any_arm_is_trained(work):
+    with pytest.raises(ShapeMismatchError, match="2 variables"):
+        work(hierarchical_equality("left").causal_model)
+
+
+def _refuse_progress(line):
+    raise AssertionError(line)
+
+
+def test_a_run_whose_map_cannot_be_measured_is_refused_before_networks_are_trained():
+    spec = AlignmentSweepSpec(
+        task="hierarchical_equality", algorithm="both", sites=("block1",), maps=("revnet",),
+        sizes=(2,), pairs=PairsSpec(test=20),
+    )  # fmt: skip
+    with pytest.raises(DegenerateDataError, match="activations of width 16"):
+        spec.prepare(_refuse_progress)
