@@ -236,8 +236,8 @@ def _refuse_progress(line):
 
 def test_a_run_whose_map_cannot_be_measured_is_refused_before_networks_are_trained():
     spec = AlignmentSweepSpec(
-        task="hierarchical_equality", algorithm="both", sites=("block1",), maps=("revnet",),
-        sizes=(2,), pairs=PairsSpec(test=20),
+        task="distributive_law", algorithm="and_or", sites=("block1",), maps=("revnet",),
+        sizes=(2,), pairs=PairsSpec(test=30),
     )  # fmt: skip
-    with pytest.raises(DegenerateDataError, match="activations of width 16"):
+    with pytest.raises(DegenerateDataError, match="activations of width 24"):
         spec.prepare(_refuse_progress)
