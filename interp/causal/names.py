@@ -1,10 +1,12 @@
 """Indirect objects: two names, one of which is said again, and the other of which is to come."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
+from jaxtyping import Int64
 from torch import Generator, Tensor
 
 from interp.causal.data import InterchangeDataset, Splits
@@ -108,7 +110,7 @@ def indirect_object_splits(
         frames: Sentences, at least five.
 
     Raises:
-        ArgumentError: If there are too few names or frames.
+        ArgumentError: If there are too few names or frames, or so many prompts that few are new.
         DegenerateDataError: If the splits share a pair, names or frames.
 
     Example:
@@ -120,15 +122,22 @@ def indirect_object_splits(
         raise ArgumentError(f"{len(names)} names, {len(frames)} frames", "at least 10 names and 5 frames")
     one, two, frame = 3 * len(names) // 5, 4 * len(names) // 5, 4 * len(frames) // 5
 
-    def part(index: int, n: int, split: str, known: Sequence[str], sentences: Sequence[str]) -> InterchangeDataset:
+    def part(
+        index: int, n: int, split: str, known: Sequence[str], sentences: Sequence[str], seen: Tensor | None = None
+    ) -> InterchangeDataset:  # fmt: skip
         task = indirect_object(model, known, sentences)
+        if seen is not None:
+            if 2 * len(seen.unique()) > len(known) * (len(known) - 1) * len(sentences) * len(ITEMS):
+                raise ArgumentError(f"prompts={prompts}", "fewer: the test needs prompts that training has not seen")
+            task = replace(task, draw=partial(_unseen, draw=task.draw, seen=seen))
         return task.sample(n, seed=10 * seed + index, split=split, inputs=prompts)
 
+    fitted = part(0, train, "train", names[:one], frames[:frame])
     return Splits(
-        part(0, train, "train", names[:one], frames[:frame]),
+        fitted,
         part(1, validation, "validation", names[one:two], frames[:frame]),
         {
-            "test": part(2, test, "test", names[:one], frames[:frame]),
+            "test": part(2, test, "test", names[:one], frames[:frame], _prompts(fitted.pool.settings)),
             "names": part(3, test, "names", names[two:], frames[:frame]),
             "frames": part(4, test, "frames", names[:one], frames[frame:]),
         },
@@ -145,6 +154,23 @@ def _draw(n: int, generator: Generator, *, first: Tensor, frames: int, items: in
         "a": a, "b": b, "frame": torch.randint(frames, (n,), generator=generator),
         "item": torch.randint(items, (n,), generator=generator), "order": torch.rand(n, generator=generator) < 0.5,
     }  # fmt: skip
+
+
+def _prompts(inputs: Mapping[str, Tensor]) -> Int64[Tensor, "n"]:
+    """A number for each prompt."""
+    found = torch.zeros_like(inputs["a"])
+    for name in ("a", "b", "frame", "item", "order"):
+        found = found * 1000 + inputs[name].long()
+    return found
+
+
+def _unseen(n: int, generator: Generator, *, draw: Callable[[int, Generator], Inputs], seen: Tensor) -> Inputs:
+    """Prompts drawn again until they are none of those seen."""
+    found = draw(n, generator)
+    while len(rows := torch.isin(_prompts(found), seen).nonzero().flatten()):
+        for name, value in draw(len(rows), generator).items():
+            found[name][rows] = value
+    return found
 
 
 def _write(inputs: Inputs, *, names: Sequence[str], frames: Sequence[str], items: Sequence[str]) -> list[str]:

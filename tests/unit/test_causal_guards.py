@@ -94,7 +94,14 @@ def test_neurons_that_were_loaded_are_not_compared_with_neurons_that_were_not_se
 
 def test_empty_interventions_are_not_counted_twice():
     data = TASK.sample(300, seed=4, interventions=[[], ["v1"], ["v2"]])
-    score = score_lanes([align(IdentityMap(16)).lane], data)[0]
+    network = mlp(TASK, seed=0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(3)
+    blocks = Partition({"v1": 8, "v2": 8})
+    lane = Alignment(interp.attach(network), TASK.causal_model, "block1", IdentityMap(16), blocks).lane
+    score = score_lanes([lane], data)[0]
+    assert score.plain != score.model_accuracy
     assert score.with_empty == score.plain
 
 

@@ -58,6 +58,14 @@ def test_tests_have_names_and_frames_of_their_own(model):
     assert kinds["test"] <= set(splits.train.pool.groups["frames"].flatten().tolist())
 
 
+def test_prompts_of_the_test_are_new(model):
+    for seed in (0, 2):
+        splits = indirect_object_splits(model, 600, 120, 120, prompts=200, seed=seed)
+        assert not set(splits.train.pool.inputs) & set(splits.test.pool.inputs)
+    with pytest.raises(ArgumentError, match="prompts=9000"):
+        indirect_object_splits(model, 600, 120, 120, prompts=9000, names=NAMES[:12])
+
+
 @pytest.mark.parametrize(("options", "error", "text"), [
     ({"frames": ["{a} and {b} gave it to"]}, ArgumentError, r"without \{s\}, \{item\}"),
     ({"names": ["Mary", "Mary"]}, ArgumentError, "names"),
