@@ -53,7 +53,7 @@ def interchange_examples(alignment: "Alignment", data: InterchangeDataset, n: in
             "algorithm before": answers.label(i, some.base_labels[i]), "algorithm": answers.label(i, some.labels[i]),
             "network before": answers.output(i, before[i]), "network": answers.output(i, after[i]),
         }  # fmt: skip
-        found.append(row | {"right": row["network"] == row["algorithm"]})
+        found.append(row | {"right": answers.right(i, after[i], some.labels[i])})
     return Table(found, f"{alignment.tau} at {alignment.sites}, {alignment.causal_model.name}: {data.split} pairs")
 
 
@@ -71,6 +71,11 @@ class _Answers:
     def output(self, row: int, column: Tensor) -> str:
         """A column of the network's output."""
         return self._token(int(column)) if self.tokens is not None and self.whole else self.label(row, column)
+
+    def right(self, row: int, column: Tensor, label: Tensor) -> bool:
+        """Whether an output is a label's: by number, as two tokens may look alike."""
+        wanted = self.tokens[row, label] if self.tokens is not None and self.whole else label
+        return int(column) == int(wanted)
 
     def _token(self, index: int) -> str:
         return f"#{index}" if self.tokenizer is None else self.tokenizer.decode([index])
