@@ -37,6 +37,7 @@ bench: $(INSTALLED) ## benchmarks (tests/benchmarks/bench_*.py)
 
 tables: $(INSTALLED) ## tables of docs/causal_abstraction.md (long; goes on where it was stopped)
 	$(BIN)/python -m tests.tables.causal --seeds $(SEEDS) --steps $(STEPS)
+	$(BIN)/python -m tests.tables.indirect
 
 lint: $(INSTALLED) ## style and format
 	$(BIN)/ruff check
