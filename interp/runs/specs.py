@@ -27,6 +27,7 @@ KINDS = {
     "demo": "interp.runs.demo:DemoSpec",
     "linear_scope": "interp.runs.scope_specs:LinearScopeSpec",
     "observable_propagation": "interp.runs.propagation_specs:PropagationSpec",
+    "probe_sweep": "interp.probes.sweep_specs:ProbeSweepSpec",
 }
 
 
