@@ -25,6 +25,7 @@ KINDS = {
     "activation_patching": "interp.runs.patching_specs:PatchingSpec",
     "alignment_sweep": "interp.runs.alignment_specs:AlignmentSweepSpec",
     "demo": "interp.runs.demo:DemoSpec",
+    "jacobians": "interp.runs.jacobian_specs:JacobianSpec",
     "linear_scope": "interp.runs.scope_specs:LinearScopeSpec",
     "observable_propagation": "interp.runs.propagation_specs:PropagationSpec",
     "probe_sweep": "interp.probes.sweep_specs:ProbeSweepSpec",
