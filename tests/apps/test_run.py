@@ -126,7 +126,7 @@ BAD = {
     "a key of the linearization": (WORDS.replace("product", "produkt"), ["'linearization.produkt'", "mean product?"]),
     "a key that is missing": ("kind: linear_scope\nmodel: x", ["key 'inputs' is missing"]),
     "a key that stands twice": (EYES + "model: other", ["key 'model' stands twice"]),
-    "another kind": (EYES.replace("linear_scope", "linear"), ["kind 'linear'", "demo, linear_scope"]),
+    "another kind": (EYES.replace("linear_scope", "linear"), ["kind 'linear'", "did you mean linear_scope"]),
     "no kind": ("model: x", ["kind None"]),
     "no mapping": ("- 1", ["holds list"]),
     "no YAML": ("a: [", ["is not YAML"]),
