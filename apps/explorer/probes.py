@@ -1,9 +1,9 @@
-"""Page Probes: sweeps, learning curves and transfer of the run that is open."""
+"""Page Probes: sweeps, learning curves, transfer and what directions do, of the run that is open."""
 
 import streamlit as st
 
 from interp.apps.explorer import desk
-from interp.apps.explorer.runs import PROBING, opened, result, results_of
+from interp.apps.explorer.runs import BESIDE_PROBES, PROBING, opened, result, results_of
 from interp.apps.explorer.state import link
 
 
@@ -14,11 +14,15 @@ def show() -> None:
         return
     made, run = found
     st.subheader(desk.escaped(run.path.name), anchor=False)
-    for name in results_of(run, PROBING):
+    for name in results_of(run, PROBING + BESIDE_PROBES):
         result(made, run, name)
         loaded = desk.result(made.method("result", "load", name), name)
         if type(loaded).__name__ == "ProbeSweep":
             _best(loaded)
+        if type(loaded).__name__ == "ProbeUse":
+            st.caption(
+                f"{desk.escaped(loaded.site)}, {loaded.rank} dimensions erased: {loaded.verdict}; p {loaded.p:.3f}."
+            )
 
 
 def _best(sweep) -> None:

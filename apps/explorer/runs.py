@@ -16,6 +16,8 @@ from interp.runs.run import Run
 
 _MOST = 500
 PROBING = ("ProbeSweep", "LearningCurve", "TransferMatrix")
+# What stands beside them: what a direction does, and what is known of a probe's numbers.
+BESIDE_PROBES = ("ProbeUse", "DoseResponse", "PermutationTest", "Calibration", "Codelength")
 ALIGNMENTS = ("AlignmentSweep",)
 
 

@@ -9,8 +9,10 @@ import torch
 
 import interp
 from interp.hooks.table import Table
+from interp.intervals import Interval
 from interp.probes.curves import LearningCurve, TransferMatrix
 from interp.probes.sweeps import ProbeSweep
+from interp.probes.use import ProbeUse
 from tests.apps.explorer_app import check_scripts
 
 
@@ -136,6 +138,21 @@ def test_results_of_probing_have_a_page(runs):
     assert len(app.figures) == 3
     assert check_scripts(app) == 3
     assert "did not see" in app.words
+
+
+def test_what_a_direction_does_stands_beside_the_sweep(runs):
+    open_, path = runs
+    run, made = interp.Run.open(path), np.random.default_rng(0)
+    change, others = made.normal(size=30) + 3, made.normal(size=(20, 30))
+    score = Interval(3.0, 2.0, 4.0, 0.95, "examples")
+    run.save("movies-use", ProbeUse("blocks.1", 1, np.zeros(30), change, others, others, 0.2, 0.2, score))
+    assert "Probes" not in open_().settle().at.radio[0].options
+    run.save("movies-sweep", sweep())
+    app = open_(page="Probes").settle()
+    assert app.errors == []
+    assert "decodable and used" in app.words
+    (shown,) = [frame.value for frame in app.at.dataframe if "mean change" in frame.value.columns]
+    assert float(shown["mean change"][0]) == pytest.approx(change.mean())
 
 
 def test_comparison_sees_shapes_words_and_what_is_missing(tmp_path):
