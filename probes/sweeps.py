@@ -13,11 +13,12 @@ from interp.hooks.errors import ArgumentError
 from interp.hooks.table import Rows, Table
 from interp.probes.controls import control_labels
 from interp.probes.estimator import is_regressor
+from interp.probes.fingerprints import content_hash, hash_of
 from interp.probes.fitting import as_numbers, check_finite, count, fit, probabilities, take
 from interp.probes.scores import balanced_accuracy, log_losses, score_table
 from interp.probes.splits import Split, duplicate_groups, outer_folds
-from interp.probes.sweep_files import KeptRows, content_hash, hash_of
 from interp.probes.tokens import TokenSets
+from interp.runs.kept import Kept
 from interp.store.store import ActivationStore
 
 METRICS = ("accuracy", "balanced_accuracy", "roc_auc", "average_precision", "log_loss", "brier", "ece")
@@ -175,12 +176,14 @@ def sweep(
         control: Whether to fit control labels too (doubles the work).
         untrained: The same sites of an untrained copy of the model (`interp.causal.untrained`), on which every probe is
             fitted too; by default the copy's store that `ActivationStore.build(..., untrained=seed)` kept.
-        path: A folder; finished parts are kept there and not computed again, and can be read while it runs.
+        path: A folder; finished parts are kept there and not computed again, and can be read while it runs. One
+            process at a time writes there.
         jobs: Processes.
         progress: Called with a line after each probe at a site, with the time that is left.
 
     Raises:
         ArgumentError: If something is no classifier, lengths differ, or a site or score is not known.
+        RunError: If another process works in the folder.
 
     Example:
         >>> from interp.probes import MassMeanProbe
@@ -268,15 +271,19 @@ def _features(data: Source, site: str, pool: str) -> Any:
 
 
 def _run(data, todo: list[_Job], task: _Task, path, jobs: int, progress) -> Iterator[list[dict[str, Any]]]:
-    kept, began = KeptRows(path), time.perf_counter()
-    keys = {id(job): _fingerprint(data, job, task) if path is not None else "" for job in todo}
-    open_jobs = [job for job in todo if keys[id(job)] not in kept.rows]
-    found = {id(job): kept.rows[keys[id(job)]] for job in todo if keys[id(job)] in kept.rows}
-    for made, (job, rows) in enumerate(_computed(data, open_jobs, task, jobs), 1):
-        found[id(job)] = rows
-        kept.add(keys[id(job)], rows)
-        left = (time.perf_counter() - began) / made * (len(open_jobs) - made)
-        progress(f"{made} of {len(open_jobs)}: {job.name} at {job.site}; {left:.0f} s left")
+    began, keys = (
+        time.perf_counter(),
+        {id(job): _fingerprint(data, job, task) if path is not None else "" for job in todo},
+    )
+    with Kept(path, "sweep.jsonl") as kept:
+        found = {id(job): kept.rows[keys[id(job)]] for job in todo if keys[id(job)] in kept.rows}
+        open_jobs = [job for job in todo if id(job) not in found]
+        for made, (job, rows) in enumerate(_computed(data, open_jobs, task, jobs), 1):
+            found[id(job)] = rows
+            if path is not None:
+                kept.add({keys[id(job)]: rows})
+            left = (time.perf_counter() - began) / made * (len(open_jobs) - made)
+            progress(f"{made} of {len(open_jobs)}: {job.name} at {job.site}; {left:.0f} s left")
     yield from (found[id(job)] for job in todo)
 
 

@@ -17,7 +17,6 @@ from interp.causal.complexity import sizes as map_sizes
 from interp.causal.controls import refuse_permuted, refuse_wrong
 from interp.causal.data import InterchangeDataset, Pool, Splits
 from interp.causal.flexible_maps import build_map
-from interp.causal.kept import Kept
 from interp.causal.lanes import Lane
 from interp.causal.maps import AlignmentMap
 from interp.causal.models import CausalModel
@@ -30,6 +29,7 @@ from interp.causal.training import Fit, Progress, Training, fit_lanes
 from interp.hooks.errors import ArgumentError, ShapeMismatchError
 from interp.hooks.model import Model
 from interp.hooks.site import Site, SiteLike
+from interp.runs.kept import Kept
 
 MapSpec = str | Mapping[str, Any]
 _SEED = 10_000  # seeds of controls begin here
@@ -133,7 +133,7 @@ def sweep(
     data.train.check()
     for test in data.tests.values() if wrong is not None else ():
         refuse_wrong(test, wrong)
-    with Kept(path) as kept:
+    with Kept(path, "cells.jsonl") as kept:
         rows = _rows(plan, cells, kept, lanes, progress)
     pairs = f"{len(data.train)} training pairs"
     return AlignmentSweep(
@@ -225,12 +225,12 @@ def _rows(plan: _Plan, cells: Sequence[_Cell], kept: Kept, lanes: int, progress:
     keys = {cell: shared.key(cell) if shared else str(i) for i, cell in enumerate(cells)}
     work, stacks = _Work(plan), _stacks(cells, max(1, lanes // _lanes(plan)))
     for number, stack in enumerate(stacks, start=1):
-        missing = [cell for cell in stack if keys[cell] not in kept.cells]
+        missing = [cell for cell in stack if keys[cell] not in kept.rows]
         if missing:
             where = f"stack {number} of {len(stacks)}, {missing[0].name}"
             made = work.compute(missing, lambda line, where=where: progress(f"{where}: {line}"))
             kept.add({keys[cell]: rows for cell, rows in zip(missing, made, strict=True)})
-    return [dict(row) for cell in cells for row in kept.cells[keys[cell]]]
+    return [dict(row) for cell in cells for row in kept.rows[keys[cell]]]
 
 
 def _lanes(plan: _Plan) -> int:

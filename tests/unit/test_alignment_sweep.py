@@ -24,9 +24,9 @@ from interp.causal import (
     mlp,
     sweep,
 )  # fmt: skip
-from interp.causal.kept import Kept
 from interp.causal.networks import untrained
 from interp.hooks.errors import ArgumentError, RunError, ShapeMismatchError, SiteNotFoundError
+from interp.runs.kept import Kept
 from interp.saving import load_result, save_result
 
 TASK = hierarchical_equality()
@@ -272,17 +272,17 @@ def test_finished_cells_are_read_and_a_line_that_was_cut_off_is_computed_again(d
     assert len(file.read_text().splitlines()) == 3
     file.write_text(file.read_text()[:-30])
     assert call(["orthogonal"], training=Training(steps=9, batch_size=64)).rows[0]["steps"] == 9
-    with Kept(tmp_path) as kept:
-        assert len(kept.cells) == 3
+    with Kept(tmp_path, "cells.jsonl") as kept:
+        assert len(kept.rows) == 3
 
 
 def test_a_folder_belongs_to_one_process(data, networks, tmp_path):
-    with Kept(tmp_path), pytest.raises(RunError, match="one process at a time"):
+    with Kept(tmp_path, "cells.jsonl"), pytest.raises(RunError, match="one process at a time"):
         sweep(networks[0], data, ["block1"], ["identity"], sizes=[4], path=tmp_path)
-    with Kept(tmp_path):
+    with Kept(tmp_path, "cells.jsonl"):
         pass
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="a folder that can be written"), Kept(tmp_path / "file"):
+    with pytest.raises(RunError, match="a folder that can be written"), Kept(tmp_path / "file", "cells.jsonl"):
         pass
 
 

@@ -1,6 +1,7 @@
 """Sweeps, learning curves, transfer: each against the loop that it stands for."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 import interp
-from interp.hooks.errors import ArgumentError
+from interp.hooks.errors import ArgumentError, RunError
 from interp.probes import (
     AttentionProbe,
     LogisticProbe,
@@ -20,6 +21,7 @@ from interp.probes import (
     transfer_matrix,
 )
 from interp.probes.scores import balanced_accuracy
+from interp.runs.kept import Kept
 from interp.store.store import ActivationStore
 
 
@@ -99,6 +101,19 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path):
         sweep(**given, path=tmp_path, progress=said.append)
         assert len(said) == 3, change
     assert all(json.loads(line)["rows"] for line in file.read_text().splitlines()[2:] if line.endswith("}"))
+
+
+def test_a_folder_belongs_to_one_sweep_and_what_stands_there_is_only_added_to(tmp_path, monkeypatch):
+    data, y = task()
+    with Kept(tmp_path, "sweep.jsonl"), pytest.raises(RunError, match="one process at a time"):
+        sweep(data, y, [MassMeanProbe()], path=tmp_path)
+    sweep(data, y, [MassMeanProbe()], path=tmp_path)
+    file = tmp_path / "sweep.jsonl"
+    file.write_text(file.read_text()[:-20])  # as a kill leaves it
+    before = file.read_text()
+    monkeypatch.setattr(Path, "write_text", None)  # a kill while the whole file is rewritten would lose it
+    sweep(data, y, [MassMeanProbe()], path=tmp_path)
+    assert file.read_text().startswith(before)
 
 
 def test_stores_pools_and_tokens(tmp_path):

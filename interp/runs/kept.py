@@ -1,4 +1,4 @@
-"""Kept: the finished cells of a sweep in a folder that one process holds."""
+"""Kept: the finished parts of a long computation, as lines of a file in a folder that one process holds."""
 
 import json
 import os
@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from interp.hooks.errors import RunError
+from interp.runs.lock import locked
 
 
 class Kept:
-    """Finished cells on disk, one line each; a line that a kill cut off is computed again.
+    """Finished parts on disk, one line each; a line that a kill cut off is computed again, and no other.
 
     Between ``with`` and its end the folder is locked. The lock ends with its process, however that ends.
 
     Args:
         folder: Where, made if it is not there; None for nowhere.
+        name: Of the file.
+
+    Attributes:
+        rows: Of each finished part, by its key.
 
     Raises:
         RunError: If the folder cannot be made; on entering, if another process holds it.
@@ -23,23 +28,21 @@ class Kept:
     Example:
         >>> import tempfile
         >>> folder = tempfile.mkdtemp()
-        >>> with Kept(folder) as kept:
+        >>> with Kept(folder, "parts.jsonl") as kept:
         ...     kept.add({"a": [{"iia": 0.5}]})
-        >>> with Kept(folder) as kept:
-        ...     kept.cells["a"]
+        >>> with Kept(folder, "parts.jsonl") as kept:
+        ...     kept.rows["a"]
         [{'iia': 0.5}]
     """
 
-    def __init__(self, folder: str | Path | None):
-        self.cells: dict[str, list[dict[str, Any]]] = {}
-        self.file = None if folder is None else Path(folder) / "cells.jsonl"
+    def __init__(self, folder: str | Path | None, name: str):
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+        self.file = None if folder is None else Path(folder) / name
         self._held = ExitStack()
 
     def __enter__(self) -> "Kept":
         if self.file is None:
             return self
-        from interp.runs.lock import locked
-
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -51,7 +54,7 @@ class Kept:
                 record = json.loads(line)
             except ValueError:
                 continue
-            self.cells[record["key"]] = record["rows"]
+            self.rows[record["key"]] = record["rows"]
         if text and not text.endswith("\n"):
             with open(self.file, "a", encoding="utf-8") as file:
                 file.write("\n")
@@ -60,13 +63,13 @@ class Kept:
     def __exit__(self, *_: object) -> None:
         self._held.close()
 
-    def add(self, cells: dict[str, list[dict[str, Any]]]) -> None:
-        """Keep cells that are finished."""
-        self.cells |= cells
+    def add(self, parts: dict[str, list[dict[str, Any]]]) -> None:
+        """Keep parts that are finished."""
+        self.rows |= parts
         if self.file is None:
             return
         with open(self.file, "a", encoding="utf-8") as file:
-            for key, rows in cells.items():
+            for key, rows in parts.items():
                 file.write(json.dumps({"key": key, "rows": rows}) + "\n")
             file.flush()
             os.fsync(file.fileno())
