@@ -1,5 +1,6 @@
 """Training of alignment maps: cross-entropy of the swapped network against the algorithm, with the network frozen."""
 
+import copy
 import math
 import time
 import warnings
@@ -21,6 +22,7 @@ from interp.hooks.table import Rows
 Progress = Callable[[str], None]
 _LEFT_CHANCE = 0.02  # a validation loss that far below a constant guess's has left the plateau
 _WARN_CONDITION = 1e4
+_TRIED = 256  # activations on which a map must undo itself
 _HALVED_AFTER = 10  # epochs without a better training loss
 
 
@@ -130,11 +132,12 @@ class _Adam:
 
 
 class _Watch:
-    """Validation losses of every lane: which map to keep, and when to stop."""
+    """Validation losses of every lane: which map to keep, of those that undo themselves, and when to stop."""
 
     def __init__(self, tau: AlignmentMap, lanes: Lanes, training: Training):
         count = len(lanes)
-        self.training, self.chance = training, lanes.chance()
+        self.training, self.chance, self.lanes = training, lanes.chance(), lanes
+        self.refused: list[list[NonInvertibleMapError]] = [[] for _ in range(count)]
         self.best = torch.full((count,), math.inf, dtype=torch.float64)
         self.better = self.best.clone()  # the loss that must be beaten by the threshold
         self.waited, self.steps = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
@@ -149,6 +152,8 @@ class _Watch:
         self.losses.append(losses.tolist())
         self.steps[~self.done] = step
         keep = (losses < self.best) & ~self.done
+        for lane in keep.nonzero()[:, 0].tolist():
+            keep[lane] = self._undoes_itself(tau, lane, step)
         self.best[keep] = losses[keep]
         for name, parameter in tau.named_parameters():
             self.kept[name][keep] = parameter.detach()[keep]
@@ -158,6 +163,19 @@ class _Watch:
         armed = self.left if least is None else torch.full_like(self.done, step >= least)
         self.waited = torch.where(better | ~armed, 0, self.waited + 1)
         self.done |= self.waited >= self.training.patience
+
+    def _undoes_itself(self, tau: AlignmentMap, lane: int, step: int) -> bool:
+        """Whether a lane's present map does; training may drive a flexible one beyond what its dtype can undo."""
+        own = self.lanes.lanes[lane]
+        one = copy.deepcopy(own.tau)
+        for name, rows in tau.named_parameters():
+            one.get_parameter(name).copy_(rows[lane])
+        try:
+            refuse_not_invertible(one.eval(), own.stage(self.lanes.data).acts[:_TRIED], f"after {step} steps")
+        except NonInvertibleMapError as error:
+            self.refused[lane].append(error)
+            return False
+        return True
 
     @property
     def left(self) -> Tensor:
@@ -176,6 +194,8 @@ def fit_lanes(
 ) -> list[Fit]:  # fmt: skip
     """Train maps of one kind together, each as if it were alone, and leave each at its lowest validation loss.
 
+    A map that does not undo itself at a validation is not chosen there; a warning says so.
+
     Args:
         lanes: What is trained, in place.
         train: Pairs to train on, the same batches for every lane.
@@ -185,13 +205,13 @@ def fit_lanes(
         progress: Told of every validation.
 
     Raises:
-        NonInvertibleMapError: If a map does not undo itself on real activations, before or after training.
+        NonInvertibleMapError: If a map does not undo itself on real activations before training, or at any validation.
         ShapeMismatchError: If a map does not fit its site.
     """
     start = time.perf_counter()
     held, data = (Lanes(lanes, pairs, training.readout, fitting=True) for pairs in (validation, train))
     for lane in lanes:
-        refuse_not_invertible(lane.tau, lane.stage(validation).acts[:256], "before training")
+        refuse_not_invertible(lane.tau, lane.stage(validation).acts[:_TRIED], "before training")
     tau = stack([lane.tau for lane in lanes])
     watch = _Watch(tau, held, training)
     if tau.num_parameters:
@@ -201,8 +221,13 @@ def fit_lanes(
     for name, parameter in tau.named_parameters():
         parameter.data.copy_(watch.kept[name])
     unstack(tau, [lane.tau for lane in lanes])
-    errors = [refuse_not_invertible(lane.tau, lane.stage(validation).acts[:256], "after training") for lane in lanes]
-    for lane in lanes:
+    errors = [refuse_not_invertible(lane.tau, lane.stage(validation).acts[:_TRIED], "after training") for lane in lanes]
+    for lane, refused, best in zip(lanes, watch.refused, watch.best.tolist(), strict=True):
+        if refused and best == math.inf:
+            raise refused[-1]
+        if refused:
+            text = f"{lane.tau} at {lane.sites}: {len(refused)} validations left out, where the map did not undo itself"
+            warnings.warn(f"{text} ({refused[-1].given})", CausalAbstractionWarning, stacklevel=2)
         if (condition := lane.tau.condition()) > _WARN_CONDITION:
             text = f"{lane.tau} at {lane.sites}: condition number {condition:.1e} after training, above 1e4"
             warnings.warn(text, CausalAbstractionWarning, stacklevel=2)
