@@ -49,16 +49,15 @@ class TextsSpec(Fields):
         labels = np.asarray(data.labels)
         classes = np.unique(labels)
         each, left = divmod(self.count, len(classes))
+        wanted = {c: each + (i < left) for i, c in enumerate(classes)}
         members = {c: np.flatnonzero(labels == c) for c in classes}
-        short = [str(c) for c, rows in members.items() if len(rows) < each + 1]
+        short = [str(c) for c, rows in members.items() if len(rows) < wanted[c]]
         if short or not each:
             raise ArgumentError(
                 f"{self.count} texts of {self.name}, {len(classes)} classes",
                 f"as many of each class; too few of {', '.join(short)}" if short else f"at least {len(classes)}",
             )
-        rows = np.concatenate([
-            made.choice(members[c], each + (i < left), replace=False) for i, c in enumerate(classes)
-        ])  # fmt: skip
+        rows = np.concatenate([made.choice(members[c], n, replace=False) for c, n in wanted.items()])
         rows = made.permutation(rows)
         pick = lambda column: None if column is None else [column[i] for i in rows]
         texts, kept = pick(data.texts), pick(data.labels)

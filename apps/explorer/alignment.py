@@ -6,7 +6,7 @@ import streamlit as st
 
 from interp.apps.explorer import desk
 from interp.apps.explorer.calls import Call
-from interp.apps.explorer.runs import ALIGNMENTS, opened, results_of
+from interp.apps.explorer.runs import ALIGNMENTS, headed, results_of
 from interp.apps.explorer.state import bound, link
 from interp.runs.run import Run
 
@@ -16,11 +16,10 @@ _MEASURES = ("iia", "selectivity")
 
 def show() -> None:
     """The page."""
-    found = opened(link()["run"])
+    found = headed()
     if found is None:
         return
     made, run = found
-    st.subheader(desk.escaped(run.path.name), anchor=False)
     for name in results_of(run, ALIGNMENTS):
         _sweep(made.method("sweep", "load", name), name)
     if "examples" in run.names:

@@ -3,17 +3,15 @@
 import streamlit as st
 
 from interp.apps.explorer import desk
-from interp.apps.explorer.runs import BESIDE_PROBES, PROBING, opened, result, results_of
-from interp.apps.explorer.state import link
+from interp.apps.explorer.runs import BESIDE_PROBES, PROBING, headed, result, results_of
 
 
 def show() -> None:
     """The page."""
-    found = opened(link()["run"])
+    found = headed()
     if found is None:
         return
     made, run = found
-    st.subheader(desk.escaped(run.path.name), anchor=False)
     for name in results_of(run, PROBING + BESIDE_PROBES):
         result(made, run, name)
         loaded = desk.result(made.method("result", "load", name), name)

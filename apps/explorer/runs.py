@@ -82,6 +82,14 @@ def results_of(run: Run, kinds: tuple[str, ...]) -> list[str]:
     return found
 
 
+def headed() -> tuple[Call, Run] | None:
+    """The run that the address names, under its name as a heading; None after a word on why not."""
+    found = opened(link()["run"])
+    if found is not None:
+        st.subheader(desk.escaped(found[1].path.name), anchor=False)
+    return found
+
+
 def _state(path: Path) -> str:
     """What changes when something in the run does."""
     files = [path, path / "results", path / "figures", *(path / "results").glob("*")]

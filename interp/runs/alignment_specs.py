@@ -157,7 +157,10 @@ def _chosen(spec: AlignmentSweepSpec, found: AlignmentSweep, model: Model, split
     best = found.best()
     given = next(m for m in spec.maps if map_name(m) == best["map"])
     own = {"kind": given} if isinstance(given, str) else given
-    acts = model.capture(splits.train.pool.take(torch.arange(_TRIED)), best["site"])[best["site"]]
+    # As the sweep takes them: principal axes are those of all training inputs.
+    pool = splits.train.pool
+    rows = torch.arange(len(pool) if own["kind"] == "pca" else 1)
+    acts = model.capture(pool.take(rows), best["site"])[best["site"]]
     tau = build_map(own, acts.shape[-1], seed=spec.seeds[0], acts=acts)
     blocks = Partition(dict.fromkeys(splits.train.variables, int(best["size"])))
     return Alignment(model, splits.train.causal_model, best["site"], tau, blocks)

@@ -3,11 +3,15 @@
 import json
 
 import pytest
+from safetensors.torch import load_model
 from typer.testing import CliRunner
 
 from interp.apps import cli
 from interp.apps.report import sections
+from interp.causal import load_alignment, mlp
+from interp.causal.scoring import score_lanes
 from interp.causal.sweep_result import AlignmentSweep
+from interp.hooks.attach import attach
 from interp.hooks.errors import ArgumentError
 from interp.plots import can_draw, chart
 from interp.runs import alignment_specs
@@ -61,6 +65,25 @@ def test_alignments_are_computed_drawn_and_reported(call, tmp_path):
     assert (section.text, len(section.figures)) == ("hierarchical equality: both equalities", 2)
     assert "Accuracy against complexity" in (path / "report.html").read_text()
     assert len(list((path / "figures").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("kind", ["pca", "identity", "orthogonal"])
+def test_the_map_that_is_kept_scores_as_it_did_in_the_sweep(tmp_path, kind):
+    (tmp_path / "spec.yaml").write_text(
+        SPEC.replace("[identity, orthogonal, {kind: revnet, blocks: 1, hidden: 4}]", f"[{kind}]")
+    )
+    spec = read_spec(tmp_path / "spec.yaml")
+    run = execute(spec, tmp_path / "runs")
+    best, task = run.load("sweep").best(), spec.made()
+    network = mlp(task, blocks=2)
+    load_model(network, str(run.path / "cells" / "network-0.safetensors"))
+    kept = load_alignment(run.path / "results" / "alignment", attach(network), task.causal_model)
+    (score,) = score_lanes([kept.lane], task.splits(**spec.pairs.model_dump()).test)
+    (row,) = [r for r in run.load("sweep").rows if (r["seed"], r["site"]) == (0, best["site"])]
+    assert score.headline.estimate == pytest.approx(row["iia"], abs=0.02)
+    shown = run.load("examples")
+    assert len(shown) == 40
+    assert abs(sum(r["right"] for r in shown) / 40 - score.plain) < 0.25
 
 
 def test_a_run_that_was_interrupted_goes_on_with_its_networks_and_cells(tmp_path, monkeypatch):
