@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_model
 from typer.testing import CliRunner
 
@@ -81,6 +82,12 @@ def test_the_map_that_is_kept_scores_as_it_did_in_the_sweep(tmp_path, kind):
     (score,) = score_lanes([kept.lane], task.splits(**spec.pairs.model_dump()).test)
     (row,) = [r for r in run.load("sweep").rows if (r["seed"], r["site"]) == (0, best["site"])]
     assert score.headline.estimate == pytest.approx(row["iia"], abs=0.02)
+    if kind == "pca":
+        inputs = task.splits(**spec.pairs.model_dump()).train.pool.inputs
+        acts = network[: int(best["site"][-1])](inputs).double()
+        axes = torch.linalg.svd(acts - acts.mean(0), full_matrices=False).Vh
+        agreement = (axes[:4] @ kept.tau.matrix.double()[:, :4]).abs()
+        torch.testing.assert_close(agreement, torch.eye(4).double(), atol=1e-3, rtol=0)
     shown = run.load("examples")
     assert len(shown) == 40
     assert abs(sum(r["right"] for r in shown) / 40 - score.plain) < 0.25
